@@ -1,0 +1,107 @@
+package attest
+
+import "time"
+
+// The messages M1 to M4 between a host (the attester) and the issuer (the
+// verifier), as JSON over TLS 1.3. Byte strings are standard base64. TPM
+// structures are in their TPM wire form: a "public" is a TPMT_PUBLIC, an
+// "attest" a TPMS_ATTEST, a "signature" a TPMT_SIGNATURE.
+
+// Key purposes, as they stand in messages.
+const (
+	PurposeAction = "action"
+	PurposeTLS    = "tls"
+)
+
+// Hello is M1: who asks, from which device.
+type Hello struct {
+	Agent         string   `json:"agent"`
+	EKCertificate []byte   `json:"ek_certificate,omitempty"` // DER, as found in NV: padding allowed (E1)
+	EKChain       [][]byte `json:"ek_chain,omitempty"`       // DER intermediates from NV 0x01c00100..0x01c001ff
+	EKPublic      []byte   `json:"ek_public"`
+	SRKPublic     []byte   `json:"srk_public"`
+	AKPublic      []byte   `json:"ak_public"`
+}
+
+// Challenge is M2: what the evidence must contain.
+type Challenge struct {
+	Session    []byte           `json:"session"` // 16 bytes
+	Nonce      []byte           `json:"nonce"`   // 32 bytes, one use
+	Expires    time.Time        `json:"expires"`
+	Credential *Credential      `json:"credential,omitempty"` // absent when the AK is the one on record
+	PCRs       []PCRSelection   `json:"pcrs"`
+	Keys       []KeyRequest     `json:"keys"`
+	PolicyKey  []byte           `json:"policy_key"` // TPMT_PUBLIC of the issuer's policy key
+	PolicyRef  []byte           `json:"policy_ref"`
+	Policies   []ApprovedPolicy `json:"policies"` // those the device may use
+}
+
+// Credential is the output of TPM2_MakeCredential for the EK and the AK's Name.
+type Credential struct {
+	IDObject        []byte `json:"id_object"`        // TPM2B_ID_OBJECT contents
+	EncryptedSecret []byte `json:"encrypted_secret"` // TPM2B_ENCRYPTED_SECRET contents
+}
+
+// KeyRequest asks for a key made from a template.
+type KeyRequest struct {
+	Purpose  string `json:"purpose"`
+	Template []byte `json:"template"` // TPMT_PUBLIC; unique is empty
+}
+
+// Evidence is M3.
+type Evidence struct {
+	Session []byte        `json:"session"`
+	Secret  []byte        `json:"secret,omitempty"` // from TPM2_ActivateCredential
+	PCRs    []PCRValue    `json:"pcrs"`             // in the order of the selection
+	Quote   Attested      `json:"quote"`
+	Keys    []KeyEvidence `json:"keys"` // in the order of the requests
+}
+
+// Attested is a TPMS_ATTEST and the AK's signature over it.
+type Attested struct {
+	Attest    []byte `json:"attest"`
+	Signature []byte `json:"signature"`
+}
+
+// KeyEvidence shows that a key is in the device and that its holder asks for
+// the certificate.
+type KeyEvidence struct {
+	Purpose string   `json:"purpose"`
+	Public  []byte   `json:"public"`
+	CSR     []byte   `json:"csr"` // DER PKCS#10, signed by the key
+	Certify Attested `json:"certify"`
+}
+
+// Grant is M4.
+type Grant struct {
+	Certificates []Issued         `json:"certificates"`
+	Policies     []ApprovedPolicy `json:"policies"`
+	RenewAfter   time.Time        `json:"renew_after"`
+}
+
+// Issued is one certificate with its chain, leaf first, without the root.
+type Issued struct {
+	Purpose string   `json:"purpose"`
+	Chain   [][]byte `json:"chain"`
+}
+
+// PCRSelection names PCRs of one bank, in ascending order.
+type PCRSelection struct {
+	Bank    string `json:"bank"` // sha256 or sha384
+	Indexes []int  `json:"indexes"`
+}
+
+// PCRValue is the value of one PCR of one bank.
+type PCRValue struct {
+	Bank   string `json:"bank"`
+	Index  int    `json:"index"`
+	Digest []byte `json:"digest"`
+}
+
+// ApprovedPolicy is a set of PCR reference values that the policy key approved
+// (TPM2_PolicyAuthorize): the host's keys work while its PCRs have these values.
+type ApprovedPolicy struct {
+	Name      string     `json:"name"`
+	PCRs      []PCRValue `json:"pcrs"`      // ordered by bank, then index
+	Signature []byte     `json:"signature"` // TPMT_SIGNATURE of the policy key over H(policy digest | policyRef)
+}

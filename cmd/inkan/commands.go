@@ -1,0 +1,8 @@
+package main
+
+import "github.com/urfave/cli/v2"
+
+// commands lists the nouns; each stands in its own file.
+func commands(e *env) []*cli.Command {
+	return []*cli.Command{}
+}
