@@ -1,0 +1,46 @@
+# make help lists what there is to do.
+GO ?= go
+BIN := bin
+
+# What the tests and the demo talk to, as command-or-file=Debian-package.
+LIB := /usr/lib/x86_64-linux-gnu
+TOOLS := swtpm=swtpm swtpm_setup=swtpm-tools certtool=gnutls-bin softhsm2-util=softhsm2 \
+	tpm2_readpublic=tpm2-tools pkcs11-tool=opensc p11-kit=p11-kit \
+	openssl=openssl curl=curl strace=strace gcc=gcc
+
+.DEFAULT_GOAL := help
+.PHONY: help build nocgo tools demo test lint bench fuzz clean
+
+help: ## list the targets
+	@awk -F ':.*## ' '/^[a-z-]+:.*## /{printf "  make %-8s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+
+build: ## build bin/inkan and bin/inkan-sim
+	$(GO) build -o $(BIN)/ ./cmd/inkan ./cmd/inkan-sim
+
+nocgo: ## build without cgo: everything but PKCS#11
+	CGO_ENABLED=0 $(GO) build -o $(BIN)/nocgo/ ./cmd/inkan
+
+tools: ## install what tests and demo need and this machine lacks (apt)
+	@scripts/need $(TOOLS)
+
+demo: tools build ## from a bare host to a verified order on a software TPM, then attacks on it
+	$(BIN)/inkan-sim demo --inkan $(BIN)/inkan $(if $(JSON),--json)
+
+test: tools build nocgo ## all tests, on real parts
+	$(GO) vet ./...
+	$(GO) test -timeout 9m ./...
+
+lint: ## gofmt, vet, staticcheck
+	@fmt=$$(gofmt -l $$(git ls-files '*.go')); [ -z "$$fmt" ] || { echo "not gofmt-ed: $$fmt" >&2; exit 1; }
+	$(GO) vet ./...
+	$(GO) tool -modfile=internal/tools/go.mod staticcheck ./...
+
+bench: tools build ## speed beside the raw device and the standard library, as ratios
+	$(BIN)/inkan-sim bench --inkan $(BIN)/inkan $(if $(JSON),--json)
+
+FUZZTIME ?= 30s
+fuzz: tools ## every fuzz target for FUZZTIME (30s)
+	scripts/fuzz $(FUZZTIME)
+
+clean: ## remove what was built
+	rm -rf $(BIN)
