@@ -1,0 +1,99 @@
+package inkan_test
+
+import (
+	"encoding/json"
+	"errors"
+	"io"
+	"os/exec"
+	"slices"
+	"strings"
+	"testing"
+)
+
+// allowed lists, for every package, what it may import besides the standard
+// library: packages of this module by their path below it, others by module.
+// A package that is not named here fails the test. docs/design.md gives the reasons.
+var allowed = map[string][]string{
+	"attest":              {"internal/strictjson", "github.com/google/go-tpm"},
+	"audit":               {"scope", "internal/certext", "internal/jws", "internal/strictjson", "golang.org/x/mod", "golang.org/x/sys", "modernc.org/sqlite"},
+	"cmd/inkan":           {"*"},
+	"cmd/inkan-sim":       {"*", "simulator"},
+	"hsm":                 {"attest", "internal/strictjson", "github.com/ThalesGroup/crypto11", "github.com/miekg/pkcs11", "golang.org/x/sys"},
+	"internal/attester":   {"attest", "tpm", "internal/durable", "internal/strictjson"},
+	"internal/certext":    {"internal/strictjson"},
+	"internal/durable":    {},
+	"internal/jws":        {"internal/strictjson"},
+	"internal/keyuri":     {"tpm", "hsm"},
+	"internal/strictjson": {"github.com/go-json-experiment/json", "go.yaml.in/yaml/v3"},
+	"internal/testca":     {"internal/certext"},
+	"issuer":              {"attest", "scope", "internal/certext", "internal/durable", "internal/strictjson", "golang.org/x/crypto", "golang.org/x/time", "modernc.org/sqlite", "github.com/prometheus/client_golang"},
+	"scope":               {"internal/strictjson", "github.com/holiman/uint256", "github.com/go-json-experiment/json"},
+	"scope/schema":        {},
+	"signer":              {"audit", "scope", "internal/certext", "internal/durable", "internal/jws", "internal/strictjson", "github.com/coreos/go-systemd/v22", "github.com/prometheus/client_golang", "golang.org/x/sys", "golang.org/x/time", "golang.org/x/sync", "github.com/go-jose/go-jose/v4"},
+	"signer/client":       {"scope", "internal/strictjson"},
+	"simulator":           {"golang.org/x/sys"},
+	"tpm":                 {"attest", "github.com/foxboron/go-tpm-keyfiles", "github.com/google/go-tpm"},
+	"verify":              {"scope", "internal/certext", "internal/jws", "internal/strictjson", "golang.org/x/crypto", "modernc.org/sqlite", "github.com/hashicorp/golang-lru/v2"},
+}
+
+type listed struct {
+	ImportPath   string
+	Name         string
+	Imports      []string
+	GoFiles      []string
+	CgoFiles     []string
+	DepsErrors   []struct{ Err string }
+	TestGoFiles  []string
+	XTestGoFiles []string
+}
+
+func TestImports(t *testing.T) {
+	cmd := exec.Command("go", "list", "-e", "-json=ImportPath,Name,Imports,GoFiles,CgoFiles,TestGoFiles,XTestGoFiles", "./...")
+	out, err := cmd.Output()
+	if err != nil {
+		t.Fatalf("go list: %v", err)
+	}
+	dec := json.NewDecoder(strings.NewReader(string(out)))
+	for {
+		var p listed
+		if err := dec.Decode(&p); errors.Is(err, io.EOF) {
+			break
+		} else if err != nil {
+			t.Fatal(err)
+		}
+		name := strings.TrimPrefix(p.ImportPath, "inkan/")
+		if len(p.GoFiles)+len(p.CgoFiles) == 0 {
+			continue // tests only
+		}
+		rules, ok := allowed[name]
+		if !ok {
+			t.Errorf("package %s is not in the allow-list of imports", name)
+			continue
+		}
+		for _, imp := range p.Imports {
+			if why := forbidden(imp, rules); why != "" {
+				t.Errorf("package %s imports %s: %s", name, imp, why)
+			}
+		}
+	}
+}
+
+// forbidden says why an import is not allowed by the rules, or nothing.
+func forbidden(imp string, rules []string) string {
+	if own, ok := strings.CutPrefix(imp, "inkan/"); ok {
+		if slices.Contains(rules, own) || slices.Contains(rules, "*") && own != "simulator" {
+			return ""
+		}
+		return "an arrow that docs/design.md does not have"
+	}
+	first, _, _ := strings.Cut(imp, "/")
+	if !strings.Contains(first, ".") {
+		return "" // standard library
+	}
+	for _, r := range rules {
+		if r == "*" || imp == r || strings.HasPrefix(imp, r+"/") {
+			return ""
+		}
+	}
+	return "a dependency that this package has no line for"
+}
