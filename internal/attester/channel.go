@@ -1,0 +1,126 @@
+package attester
+
+import (
+	"bytes"
+	"context"
+	"crypto/tls"
+	"crypto/x509"
+	"errors"
+	"fmt"
+	"io"
+	"net"
+	"net/http"
+	"net/url"
+	"strings"
+	"sync"
+	"time"
+
+	"inkan/attest"
+	"inkan/internal/strictjson"
+)
+
+// maxAnswer bounds an answer of the issuer, in bytes.
+const maxAnswer = 1 << 20
+
+// Problem is the issuer's refusal (RFC 9457).
+type Problem struct {
+	Type   string `json:"type"`
+	Title  string `json:"title"`
+	Status int    `json:"status"`
+	Detail string `json:"detail,omitempty"`
+	Check  string `json:"check,omitempty"` // the attestation check that decided
+}
+
+func (p *Problem) Error() string {
+	check := p.Check
+	if check == "" {
+		check = fmt.Sprintf("status %d", p.Status)
+	}
+	return strings.TrimSpace(fmt.Sprintf("the issuer refused (%s): %s: %s", check, p.Title, p.Detail))
+}
+
+// channel is one TLS 1.3 connection to the issuer. The evidence names it by
+// its exporter, so all messages of an exchange go over this one connection.
+type channel struct {
+	client *http.Client
+	base   string
+	conn   *tls.Conn
+}
+
+// dial connects to the issuer at base, an https URL.
+func dial(ctx context.Context, base string, roots *x509.CertPool) (*channel, error) {
+	u, err := url.Parse(base)
+	if err != nil || u.Scheme != "https" || u.Host == "" {
+		return nil, fmt.Errorf("issuer URL %q: an https URL is expected", base)
+	}
+	address := u.Host
+	if u.Port() == "" {
+		address = net.JoinHostPort(u.Hostname(), "443")
+	}
+	d := tls.Dialer{
+		NetDialer: &net.Dialer{Timeout: 10 * time.Second},
+		Config:    &tls.Config{MinVersion: tls.VersionTLS13, RootCAs: roots, ServerName: u.Hostname(), NextProtos: []string{"http/1.1"}},
+	}
+	c, err := d.DialContext(ctx, "tcp", address)
+	if err != nil {
+		return nil, fmt.Errorf("connecting to the issuer at %s: %w", address, err)
+	}
+	conn := c.(*tls.Conn)
+	var once sync.Once
+	tr := &http.Transport{
+		MaxConnsPerHost: 1,
+		DialTLSContext: func(context.Context, string, string) (net.Conn, error) {
+			var first net.Conn
+			once.Do(func() { first = conn })
+			if first == nil {
+				return nil, errors.New("the issuer closed the connection that the evidence is bound to")
+			}
+			return first, nil
+		},
+	}
+	return &channel{client: &http.Client{Transport: tr, Timeout: time.Minute}, base: strings.TrimSuffix(base, "/"), conn: conn}, nil
+}
+
+// binding is the TLS exporter that the evidence carries (RFC 9266 in spirit,
+// RFC 8446 section 7.5), 32 bytes.
+func (c *channel) binding() ([]byte, error) {
+	s := c.conn.ConnectionState()
+	return s.ExportKeyingMaterial(attest.BindingLabel, nil, 32)
+}
+
+// post sends in and decodes the answer into out. A refusal is a *Problem.
+func (c *channel) post(ctx context.Context, path string, in, out any) error {
+	body, err := strictjson.Marshal(in)
+	if err != nil {
+		return err
+	}
+	req, err := http.NewRequestWithContext(ctx, http.MethodPost, c.base+path, bytes.NewReader(body))
+	if err != nil {
+		return err
+	}
+	req.Header.Set("Content-Type", "application/json")
+	res, err := c.client.Do(req)
+	if err != nil {
+		return fmt.Errorf("asking the issuer: %w", err)
+	}
+	defer res.Body.Close()
+	answer, err := io.ReadAll(io.LimitReader(res.Body, maxAnswer+1))
+	if err != nil {
+		return fmt.Errorf("reading the issuer's answer: %w", err)
+	}
+	if res.StatusCode/100 != 2 {
+		p := &Problem{Status: res.StatusCode, Title: http.StatusText(res.StatusCode)}
+		if strings.HasPrefix(res.Header.Get("Content-Type"), "application/problem+json") {
+			if err := strictjson.Unmarshal(answer, maxAnswer, p); err != nil {
+				return fmt.Errorf("the issuer's refusal with status %d: %w", res.StatusCode, err)
+			}
+		}
+		return p
+	}
+	if err := strictjson.Unmarshal(answer, maxAnswer, out); err != nil {
+		return fmt.Errorf("the issuer's answer: %w", err)
+	}
+	return nil
+}
+
+func (c *channel) close() { c.client.CloseIdleConnections(); _ = c.conn.Close() }

@@ -1,0 +1,152 @@
+package scope
+
+import (
+	"fmt"
+	"slices"
+	"time"
+)
+
+// Wider says where an inner scope allows something that the outer one does not.
+type Wider struct {
+	Limit   Rule   // the member of the scope
+	Message string // one sentence for a person
+}
+
+func (w *Wider) Error() string { return string(w.Limit) + ": " + w.Message }
+
+// Contains returns nil if every action that inner permits, in whatever
+// environment, is one that outer permits in the same environment. Otherwise its error is a
+// *[Wider]. It may call wider what in truth is not, and never the other way round.
+func Contains(outer, inner *Scope) error {
+	if outer == nil || outer.canonical == nil || inner == nil || inner.canonical == nil {
+		return &Wider{RuleForm, "a scope is missing"}
+	}
+	o, i := &outer.doc, &inner.doc
+	for _, w := range []*Wider{
+		subset(RuleActions, o.Actions, i.Actions),
+		subset(RuleVenues, o.Venues, i.Venues),
+		subset(RuleSides, o.Sides, i.Sides),
+		subset(RuleOrdTypes, o.OrdTypes, i.OrdTypes),
+		subset(RuleTIF, o.TIF, i.TIF),
+		named(RuleAccounts, o.Accounts, i.Accounts),
+		named(RuleClients, o.Clients, i.Clients),
+		when(i.Short && !o.Short, RuleShort, "short sales are not allowed"),
+		instruments(outer, inner),
+		notionals(outer, inner),
+		quantities(outer, inner),
+		collars(o.Collar, i.Collar),
+		when(!inner.trading.within(outer.trading), RuleTradingWindow, "it has minutes that are outside"),
+		times(o, i),
+		when(o.AttestationS != 0 && (i.AttestationS == 0 || i.AttestationS > o.AttestationS), RuleAttestationAge, fmt.Sprintf("at most %d is allowed", o.AttestationS)),
+	} {
+		if w != nil {
+			return w
+		}
+	}
+	return nil
+}
+
+func when(wider bool, limit Rule, message string) *Wider {
+	if wider {
+		return &Wider{limit, message}
+	}
+	return nil
+}
+
+func subset[T ~string](limit Rule, outer, inner []T) *Wider {
+	for _, v := range inner {
+		if _, ok := slices.BinarySearch(outer, v); !ok {
+			return &Wider{limit, fmt.Sprintf("%s is not allowed", v)}
+		}
+	}
+	return nil
+}
+
+// named: with an empty list an action names nothing, with another it must name
+// something on it, so an empty list is not inside another.
+func named(limit Rule, outer, inner []string) *Wider {
+	if len(inner) == 0 && len(outer) > 0 {
+		return &Wider{limit, "must name at least one that is allowed"}
+	}
+	return subset(limit, outer, inner)
+}
+
+func instruments(outer, inner *Scope) *Wider {
+	for id, m := range inner.instruments {
+		om, ok := outer.instruments[id]
+		if !ok {
+			return &Wider{RuleInstruments, id + " is not allowed"}
+		}
+		if m != om {
+			return &Wider{RuleInstruments, fmt.Sprintf("the multiplier of %s is %s, not %s", id, om, m)}
+		}
+	}
+	return nil
+}
+
+func notionals(outer, inner *Scope) *Wider {
+	for c, m := range inner.notional {
+		om, ok := outer.notional[c]
+		if !ok {
+			return &Wider{RuleOrderNotional, c + " is not allowed"}
+		}
+		if m.Amount.Cmp(om.Amount) > 0 || softer(om.Block, m.Block) {
+			return &Wider{RuleOrderNotional, fmt.Sprintf("at most %s %s is allowed, and no softer block", om.Amount, c)}
+		}
+	}
+	return nil
+}
+
+// softer says that inner is a limit that someone could lift, and outer is not.
+func softer(outer, inner Block) bool { return outer == Hard && inner == Soft }
+
+// quantityOf returns the limit for an instrument; ok is false where there is no bound.
+func (s *Scope) quantityOf(id string) (limit *QtyLimit, bounded bool) {
+	if l, ok := s.qty[id]; ok {
+		return l, true
+	}
+	l, ok := s.qty["*"]
+	return l, ok || len(s.qty) > 0
+}
+
+func quantities(outer, inner *Scope) *Wider {
+	if len(outer.qty) == 0 {
+		return nil
+	}
+	if len(inner.qty) == 0 {
+		return &Wider{RuleOrderQty, "is missing, so quantities are not bounded"}
+	}
+	for id := range inner.instruments {
+		il, _ := inner.quantityOf(id)
+		if il == nil {
+			continue // inner refuses every order in it
+		}
+		ol, _ := outer.quantityOf(id)
+		if ol == nil || il.Qty.Cmp(ol.Qty) > 0 || softer(ol.Block, il.Block) {
+			return &Wider{RuleOrderQty, "the quantity of " + id + " is larger, or its block softer"}
+		}
+	}
+	return nil
+}
+
+func collars(outer, inner *Collar) *Wider {
+	switch {
+	case outer == nil:
+		return nil
+	case inner == nil:
+		return &Wider{RuleCollar, "is missing, so prices are not bounded"}
+	case inner.BPS > outer.BPS || inner.Source != outer.Source || inner.MaxAgeMS > outer.MaxAgeMS || softer(outer.Block, inner.Block):
+		return &Wider{RuleCollar, fmt.Sprintf("at most %d from %s with max_age_ms of at most %d is allowed, and no softer block", outer.BPS, outer.Source, outer.MaxAgeMS)}
+	}
+	return nil
+}
+
+func times(o, i *document) *Wider {
+	if o.NotBefore != nil && (i.NotBefore == nil || i.NotBefore.Before(*o.NotBefore)) {
+		return &Wider{RuleNotBefore, "must not be before " + o.NotBefore.Format(time.RFC3339)}
+	}
+	if o.NotAfter != nil && (i.NotAfter == nil || i.NotAfter.After(*o.NotAfter)) {
+		return &Wider{RuleNotAfter, "must not be after " + o.NotAfter.Format(time.RFC3339)}
+	}
+	return nil
+}

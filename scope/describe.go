@@ -1,0 +1,110 @@
+package scope
+
+import (
+	"fmt"
+	"slices"
+	"strings"
+	"time"
+)
+
+var (
+	sideNames = map[string]string{"1": "buy", "2": "sell", "5": "sell short", "6": "sell short exempt"}
+	typeNames = map[string]string{"1": "market", "2": "limit", "3": "stop", "4": "stop limit"}
+	tifNames  = map[string]string{"0": "day", "1": "good till cancel", "2": "at the opening", "3": "immediate or cancel", "4": "fill or kill", "6": "good till date", "7": "at the close"}
+)
+
+// Describe returns what the scope allows in plain sentences.
+func (s *Scope) Describe() []string {
+	if s == nil || s.canonical == nil {
+		return []string{"Nothing is allowed."}
+	}
+	d := &s.doc
+	out := []string{
+		fmt.Sprintf("May do: %s. Cancels are always possible.", join(d.Actions)),
+		fmt.Sprintf("At: %s.", join(d.Venues)),
+	}
+	add := func(format string, a ...any) { out = append(out, fmt.Sprintf(format, a...)) }
+	if len(d.Instruments) > 0 {
+		var ids []string
+		for _, in := range d.Instruments {
+			if in.Multiplier != nil {
+				ids = append(ids, fmt.Sprintf("%s (multiplier %s)", in.ID, in.Multiplier))
+				continue
+			}
+			ids = append(ids, in.ID)
+		}
+		add("In: %s.", strings.Join(ids, ", "))
+	}
+	if len(d.Sides) > 0 {
+		short := ""
+		if (slices.Contains(d.Sides, "5") || slices.Contains(d.Sides, "6")) && !d.Short {
+			short = " (short sales are listed, but allow_short is not set, so they are refused)"
+		}
+		add("Sides: %s%s.", names(d.Sides, sideNames), short)
+	}
+	if len(d.OrdTypes) > 0 {
+		add("Order types: %s.", names(d.OrdTypes, typeNames))
+	}
+	if len(d.TIF) > 0 {
+		add("Time in force: %s.", names(d.TIF, tifNames))
+	}
+	for _, m := range d.OrderNotional {
+		add("An order is worth at most %s %s%s.", m.Amount, m.Currency, m.Block.describe())
+	}
+	for _, q := range d.OrderQty {
+		what := q.Instrument
+		if what == "*" {
+			what = "any other instrument"
+		}
+		add("An order in %s is for at most %s%s.", what, q.Qty, q.Block.describe())
+	}
+	if c := d.Collar; c != nil {
+		add("A price is at most %d basis points away from a reference of %s that is at most %s old%s.", c.BPS, c.Source, time.Duration(c.MaxAgeMS)*time.Millisecond, c.Block.describe())
+	}
+	if len(d.Accounts) > 0 {
+		add("For the accounts: %s.", join(d.Accounts))
+	} else {
+		add("No account may be named.")
+	}
+	if len(d.Clients) > 0 {
+		add("For the clients: %s.", join(d.Clients))
+	} else {
+		add("No client may be named.")
+	}
+	if len(d.Trading) > 0 {
+		add("Only at these times: %s.", describeHours(d.Trading))
+	}
+	if d.NotBefore != nil {
+		add("Not before %s.", d.NotBefore.Format(time.RFC3339))
+	}
+	if d.NotAfter != nil {
+		add("Not after %s.", d.NotAfter.Format(time.RFC3339))
+	}
+	if d.AttestationS != 0 {
+		add("Only while the host's attestation is at most %s old.", time.Duration(d.AttestationS)*time.Second)
+	}
+	return out
+}
+
+func (b Block) describe() string {
+	if b == Soft {
+		return " (a second person may lift this for one order)"
+	}
+	return ""
+}
+
+func names(list []string, table map[string]string) string {
+	out := make([]string, len(list))
+	for i, v := range list {
+		out[i] = table[v]
+	}
+	return strings.Join(out, ", ")
+}
+
+func describeHours(list []Hours) string {
+	out := make([]string, len(list))
+	for i, h := range list {
+		out[i] = fmt.Sprintf("%s %s-%s UTC", strings.Join(h.Days, " "), h.From, h.To)
+	}
+	return strings.Join(out, "; ")
+}

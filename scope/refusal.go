@@ -1,0 +1,58 @@
+package scope
+
+import "strings"
+
+// Rule is the stable name of what refused. The names of limits are rules; the
+// others are listed here. docs/scope.md has a sentence for each.
+type Rule string
+
+// The rules, in the order in which Check applies them.
+const (
+	RuleForm              Rule = "form" // the action is not well-formed; from ParseAction
+	RuleNotBefore         Rule = "not_before"
+	RuleNotAfter          Rule = "not_after"
+	RuleAttestationAge    Rule = "max_attestation_age_s"
+	RuleVenues            Rule = "allowed_venues"
+	RuleActions           Rule = "allowed_actions"
+	RuleTradingWindow     Rule = "trading_window"
+	RuleAccounts          Rule = "allowed_accounts"
+	RuleClients           Rule = "allowed_clients"
+	RuleInstruments       Rule = "allowed_instruments"
+	RuleSides             Rule = "allowed_sides"
+	RuleShort             Rule = "allow_short"
+	RuleOrdTypes          Rule = "allowed_ord_types"
+	RuleTIF               Rule = "allowed_tif"
+	RuleOrderQty          Rule = "max_order_qty"
+	RuleNotionalUndefined Rule = "notional_undefined" // no price from which to compute it
+	RuleNotionalOverflow  Rule = "notional_overflow"
+	RuleOrderNotional     Rule = "max_order_notional"
+	RuleReferenceMissing  Rule = "reference_missing"
+	RuleReferenceStale    Rule = "reference_stale"
+	RuleCollar            Rule = "price_collar_bps"
+)
+
+// Refusal says which rule refuses an action, and by how much. Only Rule and
+// Message are always set. It is an error.
+type Refusal struct {
+	Rule    Rule   `json:"rule"`
+	Field   string `json:"field,omitempty"`  // the action's member, such as ord.Price
+	Value   string `json:"value,omitempty"`  // what the action has or leads to
+	Limit   string `json:"limit,omitempty"`  // what the scope allows
+	Excess  string `json:"excess,omitempty"` // by how much the value passes the limit
+	Message string `json:"message"`          // one sentence for a person
+}
+
+// Error returns the rule and the sentence in one line.
+func (r *Refusal) Error() string {
+	var b strings.Builder
+	b.WriteString(string(r.Rule))
+	b.WriteString(": ")
+	b.WriteString(r.Message)
+	return b.String()
+}
+
+// Is makes errors.Is(err, &Refusal{Rule: r}) ask for the rule.
+func (r *Refusal) Is(target error) bool {
+	t, ok := target.(*Refusal)
+	return ok && t.Rule == r.Rule
+}
