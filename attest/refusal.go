@@ -1,0 +1,68 @@
+package attest
+
+import "fmt"
+
+// Refusal says which check refused evidence. Its name is stable: tests,
+// decision logs and documents use it.
+type Refusal struct {
+	Check  string // such as K3
+	Detail string // one sentence
+}
+
+func (r *Refusal) Error() string { return r.Check + ": " + r.Detail }
+
+// Is makes errors.Is(err, &Refusal{Check: c}) ask for the check.
+func (r *Refusal) Is(target error) bool {
+	t, ok := target.(*Refusal)
+	return ok && t.Check == r.Check
+}
+
+func refuse(check, format string, a ...any) error {
+	return &Refusal{check, fmt.Sprintf(format, a...)}
+}
+
+// Check is one thing that evidence must satisfy.
+type Check struct{ ID, What string }
+
+// Checks lists every check by its stable name, in the order of
+// docs/attestation.md. Those that need memory (E9, A3, Q3, G1, G3, G6, G10) are
+// held by package issuer.
+var Checks = []Check{
+	{"E1", "the EK certificate is the one certificate at the start of what NV holds; only padding follows"},
+	{"E2", "the EK certificate chains to a root that the operator pinned; no URL that the host names is followed"},
+	{"E3", "a critical subject alternative name is accepted only if it names TPM manufacturer, model and version; no other unknown critical extension is"},
+	{"E4", "the EK certificate is an end entity's, has the EK certificate's extended key usage, and a key usage that fits its key"},
+	{"E5", "the EK certificate is valid in time, or the device's record allows an expired one; a revoked one never is"},
+	{"E6", "the EK certificate's key is the EK's"},
+	{"E7", "the EK is a restricted decryption key of a TCG template; it cannot sign"},
+	{"E8", "the EK is RSA of at least 2048 bits or on P-256, P-384 or P-521, and no RSA key with the ROCA weakness"},
+	{"E9", "one EK is one device with one AK; another AK needs an operator"},
+	{"E10", "without a certificate the EK is one that an operator pinned by its SHA-256"},
+	{"E11", "a device that is not pinned shows an EK certificate; none is not one that verifies"},
+	{"A1", "the AK is a restricted P-256 signing key with the fixed scheme ECDSA with SHA-256, made in this TPM and bound to it"},
+	{"A2", "the AK's Name is computed from its public area, never taken from the host"},
+	{"A3", "only the TPM with this EK and this AK could open the secret; it is used once"},
+	{"K1", "the key's certification is a TPM's, signed by the AK, and of the type certify"},
+	{"K2", "the certified key, the key in the message and the key of the certificate request are one, and the request is signed by it"},
+	{"K3", "the key was made in this TPM, cannot leave it, signs, is used by no password, and has the expected authPolicy"},
+	{"K4", "the certification carries this exchange, this TLS channel and this certificate request"},
+	{"K5", "the certification was signed by the AK in its place in the endorsement hierarchy"},
+	{"K7", "the key stands below the storage root key of the owner hierarchy"},
+	{"Q1", "the quote is signed by the AK on record with its fixed scheme"},
+	{"Q2", "the quote is a TPM's and of the type quote"},
+	{"Q3", "the quote carries this exchange, this TLS channel, and every key with its request"},
+	{"Q4", "the PCRs inside the quote are exactly those asked for, and its digest is that of the values sent"},
+	{"Q5", "PCRs that anyone can reset never decide"},
+	{"Q6", "the TPM's clock is safe and, like its reset counts, never goes back"},
+	{"Q7", "the TPM's firmware is not older than the device's record demands"},
+	{"Q8", "only banks that were asked for are quoted"},
+	{"P1", "the PCR values are those of a policy that the policy key approved for this device"},
+	{"G1", "any error ends refused, and a failed exchange stays failed"},
+	{"G2", "no input crashes the appraisal"},
+	{"G3", "the admin API is apart from the agent API and asks for an administrator's certificate"},
+	{"G4", "only bytes whose signature was verified decide"},
+	{"G6", "TLS sessions are not resumed"},
+	{"G7", "sizes, chains and exponents are bounded, and requests are limited, before expensive work"},
+	{"G8", "quote, certifications, requests and TLS channel are bound to each other"},
+	{"G10", "one function issues certificates"},
+}
