@@ -1,0 +1,27 @@
+package simulator
+
+import (
+	"os"
+	"testing"
+)
+
+// TPMForTest starts a TPM for a test and ends it with the test. It fails the
+// test where swtpm is missing, and says what installs it.
+func TPMForTest(tb testing.TB) *TPM {
+	tb.Helper()
+	dir, err := os.MkdirTemp("", "tpm") // shorter than tb.TempDir, for the socket's sake
+	if err != nil {
+		tb.Fatal(err)
+	}
+	tb.Cleanup(func() { _ = os.RemoveAll(dir) })
+	t, err := StartTPM(tb.Context(), dir)
+	if err != nil {
+		tb.Fatal(err)
+	}
+	tb.Cleanup(func() {
+		if err := t.Kill(); err != nil {
+			tb.Error(err)
+		}
+	})
+	return t
+}
