@@ -398,24 +398,12 @@ func (a *appraisal) clock(s *tpm2.TPMSAttest, r *Result) error {
 
 // matchPolicy returns the first approved policy that the values satisfy.
 func matchPolicy(c *Challenge, values []PCRValue) (string, error) {
-	type place struct {
-		bank  string
-		index int
-	}
-	have := make(map[place][]byte, len(values))
-	for _, v := range values {
-		have[place{v.Bank, v.Index}] = v.Digest
-	}
 	for i := range c.Policies {
 		p := &c.Policies[i]
 		if err := VerifyPolicy(c.PolicyKey, c.PolicyRef, p); err != nil {
 			return "", refuse("P1", "%v", err)
 		}
-		matches := true
-		for _, v := range p.PCRs {
-			matches = matches && bytes.Equal(have[place{v.Bank, v.Index}], v.Digest)
-		}
-		if matches {
+		if Matches(*p, values) {
 			return p.Name, nil
 		}
 	}

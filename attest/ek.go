@@ -9,6 +9,8 @@ import (
 	"crypto/x509/pkix"
 	"encoding/asn1"
 	"encoding/hex"
+	"encoding/pem"
+	"errors"
 	"io"
 	"math/big"
 	"slices"
@@ -95,11 +97,8 @@ func VerifyEK(h *Hello, o EKOptions) (*Endorsement, error) {
 	if err != nil {
 		return nil, err
 	}
-	if !bytes.Equal(cert.RawSubjectPublicKeyInfo, spki) {
-		certKey, err := x509.MarshalPKIXPublicKey(cert.PublicKey)
-		if err != nil || !bytes.Equal(certKey, spki) {
-			return nil, refuse("E6", "the EK certificate is for another key")
-		}
+	if CertificateSPKIDigest(cert) != e.spki {
+		return nil, refuse("E6", "the EK certificate is for another key")
 	}
 	if err := checkEKCertificate(cert, key); err != nil {
 		return nil, err
@@ -130,6 +129,17 @@ func cutCertificate(nv []byte) (*x509.Certificate, error) {
 		return nil, refuse("E1", "the EK certificate is malformed: %v", err)
 	}
 	return cert, nil
+}
+
+// CertificateSPKIDigest returns the SHA-256 of a certificate's key, as
+// SPKIDigest does of a public area's. Certificates may spell the key's
+// algorithm in another way, so it is spelled anew.
+func CertificateSPKIDigest(c *x509.Certificate) [32]byte {
+	spki, err := x509.MarshalPKIXPublicKey(c.PublicKey)
+	if err != nil {
+		spki = c.RawSubjectPublicKeyInfo
+	}
+	return sha256.Sum256(spki)
 }
 
 // policies of the TCG templates (TCG EK Credential Profile, annex B): policy A,
@@ -371,4 +381,26 @@ func MakeCredential(e *Endorsement, name, secret []byte, random io.Reader) (*Cre
 		return nil, refuse("A3", "making the credential: %v", err)
 	}
 	return &Credential{IDObject: id, EncryptedSecret: enc}, nil
+}
+
+// ParseCertificates reads certificates in PEM; anything else in it is an error.
+func ParseCertificates(text []byte) ([]*x509.Certificate, error) {
+	var out []*x509.Certificate
+	for rest := text; len(bytes.TrimSpace(rest)) > 0; {
+		var block *pem.Block
+		if block, rest = pem.Decode(rest); block == nil || block.Type != "CERTIFICATE" {
+			return nil, errors.New("certificates in PEM are expected")
+		}
+		c, err := x509.ParseCertificate(block.Bytes)
+		if err != nil {
+			return nil, err
+		}
+		if out = append(out, c); len(out) > 256 {
+			return nil, errors.New("more than 256 certificates")
+		}
+	}
+	if len(out) == 0 {
+		return nil, errors.New("no certificate in PEM is there")
+	}
+	return out, nil
 }

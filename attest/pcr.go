@@ -38,3 +38,17 @@ func Differences(p ApprovedPolicy, values []PCRValue) string {
 	}
 	return strings.Join(out, "; ")
 }
+
+// Matches says whether the values include all of the policy's.
+func Matches(p ApprovedPolicy, values []PCRValue) bool {
+	for _, want := range p.PCRs {
+		found := false
+		for _, v := range values {
+			found = found || v.Bank == want.Bank && v.Index == want.Index && bytes.Equal(v.Digest, want.Digest)
+		}
+		if !found {
+			return false
+		}
+	}
+	return true
+}

@@ -170,8 +170,9 @@ func AuthPolicy(policyKey, policyRef []byte) ([]byte, error) {
 	return c.Hash().Digest, nil
 }
 
-// approval is what the policy key signs: aHash of TPM2_PolicyAuthorize.
-func approval(digest, ref []byte) [32]byte {
+// Approval is what the policy key signs for a policy digest: aHash of
+// TPM2_PolicyAuthorize (Part 3, section 23.16).
+func Approval(digest, ref []byte) [32]byte {
 	return sha256.Sum256(append(bytes.Clone(digest), ref...))
 }
 
@@ -184,7 +185,7 @@ func SignPolicy(key crypto.Signer, name string, values []PCRValue, ref []byte) (
 	if err != nil {
 		return nil, err
 	}
-	a := approval(digest, ref)
+	a := Approval(digest, ref)
 	der, err := key.Sign(rand.Reader, a[:], crypto.SHA256)
 	if err != nil {
 		return nil, fmt.Errorf("signing with the policy key: %w", err)
@@ -235,7 +236,7 @@ func VerifyPolicy(policyKey, policyRef []byte, p *ApprovedPolicy) error {
 	if err != nil {
 		return err
 	}
-	if err := verifyECDSA(key, approval(digest, policyRef), p.Signature); err != nil {
+	if err := verifyECDSA(key, Approval(digest, policyRef), p.Signature); err != nil {
 		return fmt.Errorf("approved policy %s: %w", p.Name, err)
 	}
 	return nil

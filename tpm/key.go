@@ -1,0 +1,202 @@
+package tpm
+
+import (
+	"bytes"
+	"crypto"
+	"crypto/ecdsa"
+	"encoding/asn1"
+	"errors"
+	"fmt"
+	"io"
+	"math/big"
+	"slices"
+	"sync/atomic"
+
+	keyfile "github.com/foxboron/go-tpm-keyfiles"
+	"github.com/google/go-tpm/tpm2"
+
+	"inkan/attest"
+)
+
+// Policies is what a key with an authPolicy needs to be used: the policy key
+// that may approve, and what it has approved.
+type Policies struct {
+	PolicyKey []byte // TPMT_PUBLIC
+	Ref       []byte // policyRef
+	Approved  []attest.ApprovedPolicy
+}
+
+// Key is a P-256 signing key in the TPM: a crypto.Signer, safe for concurrent use.
+type Key struct {
+	device   *Device
+	file     *keyfile.TPMKey
+	area     []byte // TPMT_PUBLIC
+	public   *ecdsa.PublicKey
+	policies atomic.Pointer[Policies]
+
+	handle *tpm2.NamedHandle // owned by device.mu; nil: not loaded
+	last   string            // name of the policy that was right last time
+}
+
+// CreateKey makes a key from a TPMT_PUBLIC below the storage root key and
+// returns it as a TSS2 PRIVATE KEY file (PEM) and its TPMT_PUBLIC. The file is
+// of no use with another TPM.
+func (d *Device) CreateKey(template []byte) (file, public []byte, err error) {
+	t, err := tpm2.Unmarshal[tpm2.TPMTPublic](template)
+	if err != nil {
+		return nil, nil, fmt.Errorf("creating a key: template: %w", err)
+	}
+	err = d.do("creating a key", func() error {
+		if err := d.makeRoom(maxLoaded - 1); err != nil {
+			return err
+		}
+		return d.withSRK(func(srk tpm2.NamedHandle, _ []byte) error {
+			rsp, err := tpm2.Create{ParentHandle: empty(srk), InPublic: tpm2.New2B(*t)}.Execute(d.link)
+			if err != nil {
+				return err
+			}
+			made, err := rsp.OutPublic.Contents()
+			if err != nil {
+				return err
+			}
+			public = tpm2.Marshal(*made)
+			k := keyfile.NewTPMKey(keyfile.OIDLoadableKey, rsp.OutPublic, rsp.OutPrivate, keyfile.WithParent(tpm2.TPMRHOwner), keyfile.WithUserAuth(nil))
+			var buf bytes.Buffer
+			if err := keyfile.Encode(&buf, k); err != nil {
+				return err
+			}
+			file = buf.Bytes()
+			return nil
+		})
+	})
+	return file, public, err
+}
+
+// SigningTemplate is the TPMT_PUBLIC of a P-256 key without a policy, for a CA
+// or policy key on its own host: whoever may use the TPM may use it.
+func SigningTemplate() []byte {
+	t, err := tpm2.Unmarshal[tpm2.TPMTPublic](attest.KeyTemplate(nil))
+	if err != nil {
+		panic(err) // a constant
+	}
+	t.ObjectAttributes.UserWithAuth = true
+	return tpm2.Marshal(*t)
+}
+
+// LoadKey loads a key that CreateKey made. policies is nil for a key without
+// an authPolicy. It fails with ErrForeignKey for a key of another TPM.
+func (d *Device) LoadKey(file []byte, policies *Policies) (*Key, error) {
+	f, err := keyfile.Decode(file)
+	if err != nil {
+		return nil, fmt.Errorf("key file: not a TSS2 PRIVATE KEY in PEM: %w", err)
+	}
+	area, err := f.Pubkey.Contents()
+	if err != nil {
+		return nil, fmt.Errorf("key file: %w", err)
+	}
+	k := &Key{device: d, file: f, area: tpm2.Marshal(*area)}
+	pub, err := attest.PublicKey(k.area)
+	if err != nil {
+		return nil, fmt.Errorf("key file: %w", err)
+	}
+	var ok bool
+	if k.public, ok = pub.(*ecdsa.PublicKey); !ok {
+		return nil, errors.New("key file: a P-256 key is expected")
+	}
+	if f.Parent != tpm2.TPMRHOwner {
+		return nil, fmt.Errorf("key file: its parent is %#x, the owner hierarchy (%#x) is expected", uint32(f.Parent), uint32(tpm2.TPMRHOwner))
+	}
+	k.SetPolicies(policies)
+	return k, d.do("loading the key", func() error { return k.load() })
+}
+
+// SetPolicies changes what the key may be used under, from the next signature on.
+func (k *Key) SetPolicies(p *Policies) { k.policies.Store(p) }
+
+// Public returns the *ecdsa.PublicKey.
+func (k *Key) Public() crypto.PublicKey { return k.public }
+
+// PublicArea returns the key's TPMT_PUBLIC.
+func (k *Key) PublicArea() []byte { return k.area }
+
+// load puts the key into the TPM if it is not there, in the place of the one
+// unused for longest.
+func (k *Key) load() error {
+	d := k.device
+	if i := slices.Index(d.loaded, k); i >= 0 {
+		d.loaded = append(slices.Delete(d.loaded, i, i+1), k)
+		return nil
+	}
+	if err := d.makeRoom(maxLoaded - 1); err != nil {
+		return err
+	}
+	return d.withSRK(func(srk tpm2.NamedHandle, _ []byte) error {
+		rsp, err := tpm2.Load{ParentHandle: empty(srk), InPrivate: k.file.Privkey, InPublic: k.file.Pubkey}.Execute(d.link)
+		if err != nil {
+			return err
+		}
+		k.handle = &tpm2.NamedHandle{Handle: rsp.ObjectHandle, Name: rsp.Name}
+		d.loaded = append(d.loaded, k)
+		return nil
+	})
+}
+
+// makeRoom unloads keys until at most n are loaded.
+func (d *Device) makeRoom(n int) error {
+	for len(d.loaded) > n {
+		k := d.loaded[0]
+		d.loaded = slices.Delete(d.loaded, 0, 1)
+		h := k.handle.Handle
+		k.handle = nil
+		if _, err := (tpm2.FlushContext{FlushHandle: h}).Execute(d.link); err != nil {
+			return err
+		}
+	}
+	return nil
+}
+
+// Sign signs a SHA-256 digest and returns the signature in ASN.1 DER. It
+// fails with a *PCRError when the host is not in an approved state.
+func (k *Key) Sign(_ io.Reader, digest []byte, opts crypto.SignerOpts) ([]byte, error) {
+	if opts == nil || opts.HashFunc() != crypto.SHA256 {
+		return nil, errors.New("signing: the key signs SHA-256 digests only")
+	}
+	if len(digest) != crypto.SHA256.Size() {
+		return nil, fmt.Errorf("signing: %w: %d bytes, %d are expected", ErrDigestSize, len(digest), crypto.SHA256.Size())
+	}
+	var sig *tpm2.TPMSSignatureECC
+	err := k.device.do("signing", func() (err error) {
+		sig, err = k.sign(digest)
+		return err
+	})
+	if err != nil {
+		return nil, err
+	}
+	return asn1.Marshal(struct{ R, S *big.Int }{
+		new(big.Int).SetBytes(sig.SignatureR.Buffer), new(big.Int).SetBytes(sig.SignatureS.Buffer),
+	})
+}
+
+func (k *Key) sign(digest []byte) (*tpm2.TPMSSignatureECC, error) {
+	if err := k.load(); err != nil {
+		return nil, err
+	}
+	auth := tpm2.PasswordAuth(nil)
+	if p := k.policies.Load(); p != nil {
+		s, err := k.satisfy(p)
+		if err != nil {
+			return nil, err
+		}
+		auth = s
+	}
+	rsp, err := tpm2.Sign{
+		KeyHandle:  tpm2.AuthHandle{Handle: k.handle.Handle, Name: k.handle.Name, Auth: auth},
+		Digest:     tpm2.TPM2BDigest{Buffer: digest},
+		InScheme:   tpm2.TPMTSigScheme{Scheme: tpm2.TPMAlgECDSA, Details: tpm2.NewTPMUSigScheme(tpm2.TPMAlgECDSA, &tpm2.TPMSSchemeHash{HashAlg: tpm2.TPMAlgSHA256})},
+		Validation: tpm2.TPMTTKHashCheck{Tag: tpm2.TPMSTHashCheck, Hierarchy: tpm2.TPMRHNull},
+	}.Execute(k.device.link)
+	if err != nil {
+		return nil, err
+	}
+	return rsp.Signature.Signature.ECDSA()
+}

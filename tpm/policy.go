@@ -1,0 +1,171 @@
+package tpm
+
+import (
+	"errors"
+	"fmt"
+
+	"github.com/google/go-tpm/tpm2"
+
+	"inkan/attest"
+)
+
+// policySession is a session of the TPM that the policies of keys are
+// satisfied in. The TPM resets it at each use, so one serves all keys.
+type policySession struct{ tpm2.Session }
+
+// authority is an approval of the policy key that this TPM has verified. The
+// ticket outlives a reset of the TPM.
+type authority struct {
+	name   tpm2.TPM2BName // of the policy key
+	ticket tpm2.TPMTTKVerified
+}
+
+func (d *Device) policySession() (*policySession, error) {
+	if d.session != nil {
+		return d.session, nil
+	}
+	s, _, err := tpm2.PolicySession(d.link, tpm2.TPMAlgSHA256, 16)
+	if err != nil {
+		return nil, err
+	}
+	d.session = &policySession{s}
+	return d.session, nil
+}
+
+// dropSession flushes a session whose policy was begun and not used.
+func (d *Device) dropSession() {
+	if d.session != nil {
+		h := d.session.Handle()
+		d.session = nil
+		d.flush(h)
+	}
+}
+
+// satisfy brings the session into the state that the key's authPolicy demands:
+// PolicyPCR with an approved policy's values, then PolicyAuthorize. The policy
+// that was right last time is tried first, so PCRs are read only after a change.
+func (k *Key) satisfy(p *Policies) (tpm2.Session, error) {
+	d := k.device
+	if len(p.Approved) == 0 {
+		return nil, fmt.Errorf("%w: enrol the host, or ask the operator of the issuer to approve its state", ErrNoPolicy)
+	}
+	approved := find(p.Approved, k.last)
+	for read := approved == nil; ; read = true {
+		if read {
+			current, err := d.readPCRs(attest.Union(p.Approved))
+			if err != nil {
+				return nil, err
+			}
+			if approved = matching(p.Approved, current); approved == nil {
+				return nil, &PCRError{Current: current, Policies: p.Approved}
+			}
+		}
+		s, err := d.authorize(p, approved)
+		if err == nil {
+			k.last = approved.Name
+			return s, nil
+		}
+		d.dropSession()
+		if read || !errors.Is(err, tpm2.TPMRCValue) && !errors.Is(err, tpm2.TPMRCPCRChanged) {
+			return nil, err
+		}
+	}
+}
+
+func find(list []attest.ApprovedPolicy, name string) *attest.ApprovedPolicy {
+	for i := range list {
+		if list[i].Name == name {
+			return &list[i]
+		}
+	}
+	return nil
+}
+
+func matching(list []attest.ApprovedPolicy, current []attest.PCRValue) *attest.ApprovedPolicy {
+	for i := range list {
+		if attest.Matches(list[i], current) {
+			return &list[i]
+		}
+	}
+	return nil
+}
+
+func (d *Device) authorize(p *Policies, approved *attest.ApprovedPolicy) (tpm2.Session, error) {
+	digest, err := attest.PCRPolicy(approved.PCRs)
+	if err != nil {
+		return nil, err
+	}
+	authority, err := d.verified(p, approved, digest)
+	if err != nil {
+		return nil, err
+	}
+	s, err := d.policySession()
+	if err != nil {
+		return nil, err
+	}
+	selected, err := attest.SelectionOf(approved.PCRs)
+	if err != nil {
+		return nil, err
+	}
+	selection, err := attest.Selection(selected)
+	if err != nil {
+		return nil, err
+	}
+	if _, err := (tpm2.PolicyPCR{
+		PolicySession: s.Handle(),
+		PcrDigest:     tpm2.TPM2BDigest{Buffer: attest.PCRDigest(approved.PCRs)},
+		Pcrs:          *selection,
+	}).Execute(d.link); err != nil {
+		return nil, err
+	}
+	if _, err := (tpm2.PolicyAuthorize{
+		PolicySession:  s.Handle(),
+		ApprovedPolicy: tpm2.TPM2BDigest{Buffer: digest},
+		PolicyRef:      tpm2.TPM2BDigest{Buffer: p.Ref},
+		KeySign:        authority.name,
+		CheckTicket:    authority.ticket,
+	}).Execute(d.link); err != nil {
+		return nil, err
+	}
+	return s.Session, nil
+}
+
+// verified has the TPM verify the policy key's signature, once per approval.
+func (d *Device) verified(p *Policies, approved *attest.ApprovedPolicy, digest []byte) (*authority, error) {
+	cache := string(digest) + string(p.PolicyKey) + string(p.Ref)
+	if a := d.tickets[cache]; a != nil {
+		return a, nil
+	}
+	if err := attest.VerifyPolicy(p.PolicyKey, p.Ref, approved); err != nil {
+		return nil, err
+	}
+	public, err := tpm2.Unmarshal[tpm2.TPMTPublic](p.PolicyKey)
+	if err != nil {
+		return nil, err
+	}
+	signature, err := tpm2.Unmarshal[tpm2.TPMTSignature](approved.Signature)
+	if err != nil {
+		return nil, err
+	}
+	// In the owner hierarchy, since PolicyAuthorize refuses a ticket of the null hierarchy.
+	key, err := tpm2.LoadExternal{InPublic: tpm2.New2B(*public), Hierarchy: tpm2.TPMRHOwner}.Execute(d.link)
+	if err != nil {
+		return nil, err
+	}
+	defer d.flush(key.ObjectHandle)
+	approval := attest.Approval(digest, p.Ref)
+	rsp, err := tpm2.VerifySignature{
+		KeyHandle: tpm2.NamedHandle{Handle: key.ObjectHandle, Name: key.Name},
+		Digest:    tpm2.TPM2BDigest{Buffer: approval[:]},
+		Signature: *signature,
+	}.Execute(d.link)
+	if err != nil {
+		return nil, err
+	}
+	if len(d.tickets) > 64 {
+		clear(d.tickets)
+	}
+	a := &authority{name: key.Name, ticket: rsp.Validation}
+	d.tickets[cache] = a
+	return a, nil
+}
