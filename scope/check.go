@@ -36,6 +36,15 @@ func (p *Permit) Scope() *Scope { return p.scope }
 // Env returns what was known at the check.
 func (p *Permit) Env() Env { return p.env }
 
+// UsedReference returns the reference price that the collar was checked
+// against; nil where the scope has no collar or the action no price.
+func (p *Permit) UsedReference() *ReferencePrice {
+	if p.scope.doc.Collar == nil || p.order() == nil {
+		return nil
+	}
+	return p.env.Reference
+}
+
 // Notional returns the computed notional and its currency; ok is false for
 // actions that have none, such as a cancel.
 func (p *Permit) Notional() (amount Decimal, currency string, ok bool) {

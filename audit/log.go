@@ -1,0 +1,355 @@
+// Package audit keeps the durable record of one agent: [Open] a log,
+// [Log.Record] what was permitted and [Log.Refuse] what was not, each in one
+// commit that is on disk before the call returns. [VerifyFile] checks a log
+// offline, with nothing but the file and the CA certificate.
+//
+// A log is one SQLite file. Its entries are the exact bytes of statements
+// (package scope), numbered without gaps from 1, each naming the SHA-256 of the
+// one before it, and all of them the leaves of a Merkle tree (RFC 9162, as
+// golang.org/x/mod/sumdb/tlog computes it). docs/record.md describes it.
+package audit
+
+import (
+	"bytes"
+	"context"
+	"crypto/sha256"
+	"crypto/x509"
+	"database/sql"
+	"errors"
+	"fmt"
+	"os"
+	"sync"
+	"time"
+
+	"golang.org/x/mod/sumdb/tlog"
+	"golang.org/x/sys/unix"
+	_ "modernc.org/sqlite" // the driver "sqlite"
+
+	"inkan/scope"
+)
+
+// Errors of this package.
+var (
+	// ErrFailed: a commit failed, so the log takes nothing more. What was
+	// acknowledged before is on disk. Free the disk or mend it, then open the log anew.
+	ErrFailed = errors.New("the record could not be written, and takes nothing more until it is opened anew")
+	// ErrInUse: another process has the log open.
+	ErrInUse = errors.New("the record is in use by another process")
+	// ErrDamaged: what is in the file does not agree with itself.
+	ErrDamaged = errors.New("the record is damaged: keep the file, and see inkan audit verify")
+	// ErrConflict: the action id stands in the record with other content.
+	ErrConflict = errors.New("the action id was used for another action: make a new id for each action")
+	// ErrSpent: a receipt was spent before, or was not made by Record.
+	ErrSpent = errors.New("the receipt was spent before or is none")
+)
+
+const schemaVersion = 1
+
+const schema = `
+CREATE TABLE leaf(
+	counter   INTEGER PRIMARY KEY,
+	id        TEXT UNIQUE,          -- action id; NULL where the action had none
+	payload   BLOB NOT NULL,        -- SHA-256 of the action's canonical form
+	statement BLOB NOT NULL
+) STRICT;
+CREATE TABLE signature(
+	counter INTEGER PRIMARY KEY,
+	jws     TEXT NOT NULL
+) STRICT;
+CREATE TABLE hash(
+	idx  INTEGER PRIMARY KEY,       -- tlog.StoredHashIndex
+	hash BLOB NOT NULL
+) STRICT;
+CREATE TABLE head(
+	one      INTEGER PRIMARY KEY CHECK (one = 1),
+	size     INTEGER NOT NULL,
+	root     BLOB NOT NULL,
+	previous BLOB NOT NULL,         -- SHA-256 of the last statement
+	time     INTEGER NOT NULL       -- of the last statement, in microseconds since 1970
+) STRICT;
+CREATE TABLE certificate(
+	sha256 BLOB PRIMARY KEY,
+	chain  BLOB NOT NULL            -- DER, leaf first
+) STRICT;
+`
+
+// Identity is what stands in a statement beside the action: who signs, under
+// which certificate.
+type Identity struct {
+	Issuer      string    // who issued the certificate
+	Agent       string    // SPIFFE ID
+	Certificate [32]byte  // SHA-256 of the action certificate
+	Scope       [32]byte  // of the scope in it
+	Evidence    string    // SHA-256 of the evidence behind it, in hex
+	AttestedAt  time.Time // when that was appraised
+	Lifetime    time.Duration
+}
+
+// Head is the state of a log.
+type Head struct {
+	Size     uint64
+	Root     [32]byte // of the Merkle tree
+	Previous [32]byte // SHA-256 of the last statement
+	Time     time.Time
+}
+
+// Options of a log. The zero value is for production.
+type Options struct {
+	// Now is the clock; nil is time.Now.
+	Now func() time.Time
+}
+
+// Log is an agent's record. It is safe for concurrent use: concurrent calls
+// share one commit.
+type Log struct {
+	now  func() time.Time
+	lock *os.File
+	db   *sql.DB
+	conn *sql.Conn
+	stmt statements
+
+	requests chan *request
+	stop     chan struct{}
+	stopped  chan struct{}
+	once     sync.Once
+
+	mu     sync.RWMutex // guards head and failed for readers
+	head   Head
+	failed error
+
+	edge map[int64]tlog.Hash // the hashes that the next ones are made of; the writer's
+}
+
+type statements struct {
+	leaf, signature, hash, head, find, certificate, readHash *sql.Stmt
+}
+
+// Open opens or makes the log at path. One process has it open at a time
+// ([ErrInUse]). A log whose head and entries disagree is refused ([ErrDamaged]).
+func Open(ctx context.Context, path string, o Options) (_ *Log, err error) {
+	l := &Log{now: o.Now, requests: make(chan *request, 256), stop: make(chan struct{}), stopped: make(chan struct{})}
+	if l.now == nil {
+		l.now = time.Now
+	}
+	defer func() {
+		if err != nil {
+			l.release()
+			err = fmt.Errorf("opening the record %s: %w", path, err)
+		}
+	}()
+	if l.lock, err = os.OpenFile(path+".lock", os.O_CREATE|os.O_RDWR, 0o600); err != nil {
+		return nil, err
+	}
+	if err := unix.Flock(int(l.lock.Fd()), unix.LOCK_EX|unix.LOCK_NB); err != nil {
+		return nil, ErrInUse
+	}
+	// Checkpoints by the automatic rule would stall a commit now and then; the
+	// writer runs them when it is idle.
+	if l.db, err = sql.Open("sqlite", "file:"+path+"?_pragma=journal_mode(WAL)&_pragma=synchronous(FULL)&_pragma=wal_autocheckpoint(0)&_pragma=busy_timeout(5000)"); err != nil {
+		return nil, err
+	}
+	if l.conn, err = l.db.Conn(ctx); err != nil {
+		return nil, err
+	}
+	if err := os.Chmod(path, 0o600); err != nil {
+		return nil, err
+	}
+	if err := l.prepare(ctx); err != nil {
+		return nil, err
+	}
+	if err := l.recover(ctx); err != nil {
+		return nil, err
+	}
+	go l.write()
+	return l, nil
+}
+
+func (l *Log) prepare(ctx context.Context) error {
+	var version int
+	if err := l.conn.QueryRowContext(ctx, "PRAGMA user_version").Scan(&version); err != nil {
+		return err
+	}
+	switch version {
+	case 0:
+		if _, err := l.conn.ExecContext(ctx, fmt.Sprintf("BEGIN IMMEDIATE; %s PRAGMA user_version = %d; COMMIT", schema, schemaVersion)); err != nil {
+			return err
+		}
+	case schemaVersion:
+	default:
+		return fmt.Errorf("it has format %d, this program knows %d", version, schemaVersion)
+	}
+	for _, s := range []struct {
+		to  **sql.Stmt
+		sql string
+	}{
+		{&l.stmt.leaf, "INSERT INTO leaf(counter, id, payload, statement) VALUES(?, ?, ?, ?)"},
+		{&l.stmt.signature, "INSERT OR IGNORE INTO signature(counter, jws) VALUES(?, ?)"},
+		{&l.stmt.hash, "INSERT INTO hash(idx, hash) VALUES(?, ?)"},
+		{&l.stmt.head, "INSERT INTO head(one, size, root, previous, time) VALUES(1, ?, ?, ?, ?) ON CONFLICT(one) DO UPDATE SET size = excluded.size, root = excluded.root, previous = excluded.previous, time = excluded.time"},
+		{&l.stmt.find, "SELECT l.counter, l.payload, l.statement, coalesce(s.jws, '') FROM leaf l LEFT JOIN signature s USING(counter) WHERE l.id = ?"},
+		{&l.stmt.certificate, "INSERT OR IGNORE INTO certificate(sha256, chain) VALUES(?, ?)"},
+		{&l.stmt.readHash, "SELECT hash FROM hash WHERE idx = ?"},
+	} {
+		stmt, err := l.conn.PrepareContext(ctx, s.sql)
+		if err != nil {
+			return err
+		}
+		*s.to = stmt
+	}
+	return nil
+}
+
+// recover reads the head and holds it against the last entry and the tree.
+func (l *Log) recover(ctx context.Context) error {
+	head, err := readHead(ctx, l.conn)
+	if err != nil {
+		return err
+	}
+	l.head = head
+	var count, last uint64
+	if err := l.conn.QueryRowContext(ctx, "SELECT count(*), coalesce(max(counter), 0) FROM leaf WHERE counter >= ?", max(int64(head.Size), 1)).Scan(&count, &last); err != nil {
+		return err
+	}
+	if last != head.Size || head.Size > 0 && count != 1 {
+		return fmt.Errorf("%w: the head says %d entries, the last one is %d", ErrDamaged, head.Size, last)
+	}
+	if head.Size > 0 {
+		var statement []byte
+		if err := l.conn.QueryRowContext(ctx, "SELECT statement FROM leaf WHERE counter = ?", head.Size).Scan(&statement); err != nil {
+			return err
+		}
+		if sha256.Sum256(statement) != head.Previous {
+			return fmt.Errorf("%w: entry %d is not the one that the head names", ErrDamaged, head.Size)
+		}
+	}
+	root, err := l.tree(int64(head.Size), nil)
+	if err != nil {
+		return err
+	}
+	if head.Size > 0 && root != tlog.Hash(head.Root) {
+		return fmt.Errorf("%w: the tree's hashes do not lead to the head's root", ErrDamaged)
+	}
+	return nil
+}
+
+func readHead(ctx context.Context, q interface {
+	QueryRowContext(context.Context, string, ...any) *sql.Row
+}) (Head, error) {
+	var h Head
+	var root, previous []byte
+	var micros int64
+	err := q.QueryRowContext(ctx, "SELECT size, root, previous, time FROM head").Scan(&h.Size, &root, &previous, &micros)
+	if errors.Is(err, sql.ErrNoRows) {
+		return h, nil
+	}
+	if err != nil {
+		return h, err
+	}
+	if copy(h.Root[:], root) != 32 || copy(h.Previous[:], previous) != 32 {
+		return h, fmt.Errorf("%w: the head's hashes do not have 32 bytes", ErrDamaged)
+	}
+	h.Time = time.UnixMicro(micros).UTC()
+	return h, nil
+}
+
+// tree returns the root over size entries and renews the edge: the hashes that
+// lead to it are the ones that the next entries need.
+func (l *Log) tree(size int64, fresh map[int64]tlog.Hash) (tlog.Hash, error) {
+	edge := make(map[int64]tlog.Hash)
+	root, err := tlog.TreeHash(size, tlog.HashReaderFunc(func(indexes []int64) ([]tlog.Hash, error) {
+		hashes, err := l.readHashes(fresh)(indexes)
+		for i := range hashes {
+			edge[indexes[i]] = hashes[i]
+		}
+		return hashes, err
+	}))
+	if err == nil {
+		l.edge = edge
+	}
+	return root, err
+}
+
+func (l *Log) readHashes(fresh map[int64]tlog.Hash) tlog.HashReaderFunc {
+	return func(indexes []int64) ([]tlog.Hash, error) {
+		out := make([]tlog.Hash, len(indexes))
+		for i, x := range indexes {
+			if h, ok := fresh[x]; ok {
+				out[i] = h
+				continue
+			}
+			if h, ok := l.edge[x]; ok {
+				out[i] = h
+				continue
+			}
+			var b []byte
+			if err := l.stmt.readHash.QueryRow(x).Scan(&b); err != nil {
+				return nil, fmt.Errorf("%w: hash %d: %w", ErrDamaged, x, err)
+			}
+			if copy(out[i][:], b) != tlog.HashSize {
+				return nil, fmt.Errorf("%w: hash %d does not have 32 bytes", ErrDamaged, x)
+			}
+		}
+		return out, nil
+	}
+}
+
+// Head returns the state after the last commit.
+func (l *Log) Head() Head {
+	l.mu.RLock()
+	defer l.mu.RUnlock()
+	return l.head
+}
+
+// Err returns [ErrFailed] with its cause after a failed commit, else nil.
+func (l *Log) Err() error {
+	l.mu.RLock()
+	defer l.mu.RUnlock()
+	return l.failed
+}
+
+// AddCertificate keeps the certificate chain, leaf first, under which later
+// entries are signed, so that an auditor finds it in the file.
+func (l *Log) AddCertificate(ctx context.Context, chain []*x509.Certificate) error {
+	if len(chain) == 0 {
+		return errors.New("record: no certificate")
+	}
+	var der bytes.Buffer
+	for _, c := range chain {
+		der.Write(c.Raw)
+	}
+	sum := sha256.Sum256(chain[0].Raw)
+	return l.send(ctx, &request{certificate: sum[:], chain: der.Bytes()}).err
+}
+
+// Close writes what waits and closes the log. A second Close does nothing.
+func (l *Log) Close() error {
+	l.once.Do(func() { close(l.stop) })
+	<-l.stopped
+	return nil
+}
+
+// release frees what Open took. Closing a log that is in order loses nothing:
+// all that counts was committed.
+func (l *Log) release() {
+	if l.conn != nil {
+		_ = l.conn.Close()
+	}
+	if l.db != nil {
+		_ = l.db.Close()
+	}
+	if l.lock != nil {
+		_ = l.lock.Close()
+	}
+}
+
+// decisionOf turns a stored statement back into what Record answered with.
+func decisionOf(statement []byte) error {
+	st, err := scope.ParseStatement(statement)
+	if err != nil {
+		return fmt.Errorf("%w: %w", ErrDamaged, err)
+	}
+	if st.Decision.Decision == scope.DecisionDeny {
+		return &scope.Refusal{Rule: st.Decision.Rule, Message: st.Decision.Message}
+	}
+	return nil
+}

@@ -1,0 +1,125 @@
+package audit
+
+import (
+	"context"
+	"database/sql"
+	"errors"
+	"fmt"
+	"iter"
+	"os"
+)
+
+// Entry is one entry of a log.
+type Entry struct {
+	Counter   uint64
+	Statement []byte // exact bytes
+	JWS       string // empty: it was refused, or its signature is not stored
+}
+
+// Lookup returns the entry of an action id, or nil.
+func (l *Log) Lookup(ctx context.Context, id string) (*Entry, error) {
+	var e Entry
+	// A connection of its own: the writer's has transactions under way.
+	err := l.db.QueryRowContext(ctx, "SELECT l.counter, l.statement, coalesce(s.jws, '') FROM leaf l LEFT JOIN signature s USING(counter) WHERE l.id = ?", id).Scan(&e.Counter, &e.Statement, &e.JWS)
+	if errors.Is(err, sql.ErrNoRows) {
+		return nil, nil
+	}
+	if err != nil {
+		return nil, fmt.Errorf("reading the record: %w", err)
+	}
+	return &e, nil
+}
+
+// Snapshot reads a log file as it was at one moment, while a signer may be
+// writing it. Close it.
+type Snapshot struct {
+	Head Head
+	db   *sql.DB
+	tx   *sql.Tx
+}
+
+// OpenSnapshot opens the log file at path for reading.
+func OpenSnapshot(ctx context.Context, path string) (_ *Snapshot, err error) {
+	defer func() {
+		if err != nil {
+			err = fmt.Errorf("reading the record %s: %w", path, err)
+		}
+	}()
+	if _, err := os.Stat(path); err != nil {
+		return nil, err
+	}
+	s := &Snapshot{}
+	if s.db, err = sql.Open("sqlite", "file:"+path+"?mode=ro&_pragma=busy_timeout(5000)&_pragma=query_only(1)"); err != nil {
+		return nil, err
+	}
+	defer func() {
+		if err != nil {
+			s.Close()
+		}
+	}()
+	if s.tx, err = s.db.BeginTx(ctx, &sql.TxOptions{ReadOnly: true}); err != nil {
+		return nil, err
+	}
+	var version int
+	if err := s.tx.QueryRowContext(ctx, "PRAGMA user_version").Scan(&version); err != nil {
+		return nil, err
+	}
+	if version != schemaVersion {
+		return nil, fmt.Errorf("it has format %d, this program knows %d", version, schemaVersion)
+	}
+	s.Head, err = readHead(ctx, s.tx)
+	return s, err
+}
+
+// Close ends the reading.
+func (s *Snapshot) Close() {
+	if s.tx != nil {
+		_ = s.tx.Rollback() // it has read only
+	}
+	_ = s.db.Close()
+}
+
+// Entries yields all entries in order, then the first error if there was one.
+func (s *Snapshot) Entries(ctx context.Context) iter.Seq2[Entry, error] {
+	return func(yield func(Entry, error) bool) {
+		rows, err := s.tx.QueryContext(ctx, "SELECT l.counter, l.statement, coalesce(s.jws, '') FROM leaf l LEFT JOIN signature s USING(counter) ORDER BY l.counter")
+		if err != nil {
+			yield(Entry{}, err)
+			return
+		}
+		defer rows.Close()
+		for rows.Next() {
+			var e Entry
+			if err := rows.Scan(&e.Counter, &e.Statement, &e.JWS); err != nil {
+				yield(Entry{}, err)
+				return
+			}
+			if !yield(e, nil) {
+				return
+			}
+		}
+		if err := rows.Err(); err != nil {
+			yield(Entry{}, err)
+		}
+	}
+}
+
+// chains returns the stored certificate chains, DER, by the SHA-256 of the leaf.
+func (s *Snapshot) chains(ctx context.Context) (map[[32]byte][]byte, error) {
+	rows, err := s.tx.QueryContext(ctx, "SELECT sha256, chain FROM certificate")
+	if err != nil {
+		return nil, err
+	}
+	defer rows.Close()
+	out := make(map[[32]byte][]byte)
+	for rows.Next() {
+		var sum, chain []byte
+		if err := rows.Scan(&sum, &chain); err != nil {
+			return nil, err
+		}
+		if len(sum) == 32 {
+			out[[32]byte(sum)] = chain
+		}
+	}
+	return out, rows.Err()
+}

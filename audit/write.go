@@ -1,0 +1,366 @@
+package audit
+
+import (
+	"bytes"
+	"context"
+	"crypto/sha256"
+	"database/sql"
+	"errors"
+	"fmt"
+	"sync/atomic"
+	"time"
+
+	"golang.org/x/mod/sumdb/tlog"
+
+	"inkan/scope"
+)
+
+// maxGroup bounds how many requests share a commit.
+const maxGroup = 256
+
+// quiet is after what time without requests signatures that wait are written
+// and the write-ahead log is folded into the file.
+const quiet = 50 * time.Millisecond
+
+// Receipt shows that a permitted action stands in the record, on disk. Only
+// Record makes one, and it is spent once.
+type Receipt struct {
+	statement []byte
+	counter   uint64
+	id        string
+	repeated  bool
+	signed    string
+	spent     atomic.Bool
+}
+
+// Spend returns the exact bytes to sign, once; then [ErrSpent].
+func (r *Receipt) Spend() ([]byte, error) {
+	if r == nil || r.statement == nil || !r.spent.CompareAndSwap(false, true) {
+		return nil, ErrSpent
+	}
+	return r.statement, nil
+}
+
+// Counter is the entry's number.
+func (r *Receipt) Counter() uint64 { return r.counter }
+
+// ID is the action id.
+func (r *Receipt) ID() string { return r.id }
+
+// Repeated says that the action was in the record already.
+func (r *Receipt) Repeated() bool { return r.repeated }
+
+// Signed is the JWS that Complete stored for the action, or empty.
+func (r *Receipt) Signed() string { return r.signed }
+
+// request is one call, as the writer sees it.
+type request struct {
+	// An entry:
+	action   *scope.Action
+	payload  [32]byte
+	permit   *scope.Permit
+	refusal  *scope.Refusal
+	identity Identity
+	// or a signature:
+	counter uint64
+	jws     string
+	// or a certificate:
+	certificate, chain []byte
+
+	receipt *Receipt
+	err     error
+	done    chan struct{} // nil: nobody waits
+}
+
+// Record writes a permitted action: one durable commit, shared with concurrent
+// calls. When it returns a receipt, the statement is on disk. A known id with the same
+// content gives the same statement again, or the *scope.Refusal that was
+// given then; with other content [ErrConflict]. After a failed commit it gives [ErrFailed].
+func (l *Log) Record(ctx context.Context, p *scope.Permit, id Identity) (*Receipt, error) {
+	if !p.Valid() {
+		return nil, errors.New("record: there is no permit")
+	}
+	payload, err := p.Action().Canonical()
+	if err != nil {
+		return nil, err
+	}
+	r := l.send(ctx, &request{action: p.Action(), payload: sha256.Sum256(payload), permit: p, identity: id})
+	return r.receipt, r.err
+}
+
+// Refuse writes a refused action, which is nil where it could not be parsed.
+// It returns nil once the refusal is on disk. A known id is not written again.
+func (l *Log) Refuse(ctx context.Context, a *scope.Action, r *scope.Refusal, id Identity) error {
+	if r == nil || r.Rule == "" {
+		return errors.New("record: there is no refusal")
+	}
+	req := &request{action: a, refusal: r, identity: id}
+	if a != nil {
+		payload, err := a.Canonical()
+		if err != nil {
+			return err
+		}
+		req.payload = sha256.Sum256(payload)
+	}
+	err := l.send(ctx, req).err
+	if _, repeated := errors.AsType[*scope.Refusal](err); repeated {
+		return nil
+	}
+	return err
+}
+
+// Complete keeps the signed form of a recorded action. It is written with the
+// next commit and not waited for: the signature can be made again from the record.
+func (l *Log) Complete(r *Receipt, jws string) error {
+	if r == nil || r.statement == nil {
+		return ErrSpent
+	}
+	select {
+	case l.requests <- &request{counter: r.counter, jws: jws}:
+		return nil
+	case <-l.stop:
+		return errors.New("the record was closed")
+	}
+}
+
+func (l *Log) send(ctx context.Context, r *request) *request {
+	r.done = make(chan struct{})
+	select {
+	case l.requests <- r:
+	case <-l.stop:
+		return &request{err: errors.New("the record was closed")}
+	case <-ctx.Done():
+		return &request{err: ctx.Err()}
+	}
+	// From here on the writer owns r, so its answer is waited for: giving up
+	// now would leave the caller not knowing what is on disk.
+	select {
+	case <-r.done:
+		return r
+	case <-l.stopped:
+		select {
+		case <-r.done:
+			return r
+		default:
+			return &request{err: errors.New("the record was closed")}
+		}
+	}
+}
+
+// write is the only writer. It takes all that waits into one commit.
+func (l *Log) write() {
+	defer close(l.stopped)
+	defer l.release()
+	var late []*request // signatures that ride with the next commit
+	idle := time.NewTimer(quiet)
+	defer idle.Stop()
+	dirty := false
+	for {
+		var group []*request
+		stopping := false
+		select {
+		case r := <-l.requests:
+			group = append(group, r)
+		case <-idle.C:
+			if len(late) > 0 {
+				l.commit(late)
+				late, dirty = nil, true
+				idle.Reset(quiet)
+			} else if dirty {
+				l.checkpoint()
+				dirty = false
+			}
+			continue
+		case <-l.stop:
+			stopping = true
+		}
+	more:
+		for len(group) < maxGroup {
+			select {
+			case r := <-l.requests:
+				group = append(group, r)
+			default:
+				break more
+			}
+		}
+		waits := false
+		for _, r := range group {
+			waits = waits || r.done != nil
+		}
+		late = append(late, group...)
+		if waits || stopping || len(late) >= maxGroup {
+			l.commit(late)
+			late, dirty = nil, true
+		}
+		if stopping {
+			l.checkpoint()
+			return
+		}
+		idle.Reset(quiet)
+	}
+}
+
+// checkpoint folds the write-ahead log into the file. If it cannot, the
+// commits stand in the write-ahead log, and the next one is tried.
+func (l *Log) checkpoint() {
+	if l.Err() == nil {
+		_, _ = l.conn.ExecContext(context.Background(), "PRAGMA wal_checkpoint(TRUNCATE)")
+	}
+}
+
+// commit writes a group in one transaction and answers after it is on disk.
+// The first error of the database ends the log: a failed sync is not retried,
+// since what the disk has is then unknown.
+func (l *Log) commit(group []*request) {
+	if len(group) == 0 {
+		return
+	}
+	err := l.Err()
+	if err == nil {
+		var head Head
+		if head, err = l.transact(group); err != nil {
+			err = fmt.Errorf("%w: %w", ErrFailed, err)
+		}
+		l.mu.Lock()
+		if err != nil {
+			l.failed = err
+		} else {
+			l.head = head
+		}
+		l.mu.Unlock()
+	}
+	for _, r := range group {
+		if err != nil {
+			r.receipt, r.err = nil, err
+		}
+		if r.done != nil {
+			close(r.done)
+		}
+	}
+}
+
+func (l *Log) transact(group []*request) (Head, error) {
+	head := l.Head()
+	ctx := context.Background()
+	if _, err := l.conn.ExecContext(ctx, "BEGIN IMMEDIATE"); err != nil {
+		return head, err
+	}
+	fresh := make(map[int64]tlog.Hash) // hashes of this transaction
+	grown := false
+	for _, r := range group {
+		var err error
+		switch {
+		case r.certificate != nil:
+			_, err = l.stmt.certificate.Exec(r.certificate, r.chain)
+		case r.jws != "":
+			_, err = l.stmt.signature.Exec(int64(r.counter), r.jws)
+		default:
+			var added bool
+			added, err = l.entry(r, &head, fresh)
+			grown = grown || added
+		}
+		if err != nil {
+			return head, l.rollback(err)
+		}
+	}
+	if grown {
+		root, err := l.tree(int64(head.Size), fresh)
+		if err != nil {
+			return head, l.rollback(err)
+		}
+		head.Root = root
+		if _, err := l.stmt.head.Exec(int64(head.Size), head.Root[:], head.Previous[:], head.Time.UnixMicro()); err != nil {
+			return head, l.rollback(err)
+		}
+	}
+	if _, err := l.conn.ExecContext(ctx, "COMMIT"); err != nil {
+		return head, l.rollback(err)
+	}
+	return head, nil
+}
+
+func (l *Log) rollback(err error) error {
+	if _, again := l.conn.ExecContext(context.Background(), "ROLLBACK"); again != nil {
+		return errors.Join(err, again)
+	}
+	return err
+}
+
+// entry adds one entry, or answers from the one that has the id. Only errors
+// of the database are returned; the request's own go to the request.
+func (l *Log) entry(r *request, head *Head, fresh map[int64]tlog.Hash) (added bool, err error) {
+	if r.action != nil {
+		var counter uint64
+		var payload, statement []byte
+		var jws string
+		err := l.stmt.find.QueryRow(r.action.ID).Scan(&counter, &payload, &statement, &jws)
+		switch {
+		case err == nil:
+			if !bytes.Equal(payload, r.payload[:]) {
+				r.err = ErrConflict
+			} else if r.err = decisionOf(statement); r.err == nil {
+				r.receipt = &Receipt{statement: statement, counter: counter, id: r.action.ID, repeated: true, signed: jws}
+			}
+			return false, nil
+		case !errors.Is(err, sql.ErrNoRows):
+			return false, err
+		}
+	}
+	statement, at, err := l.statement(r, *head)
+	if err != nil {
+		r.err = err // it cannot be written down, so it is not done
+		return false, nil
+	}
+	counter := head.Size + 1
+	var id any
+	if r.action != nil {
+		id = r.action.ID
+	}
+	if _, err := l.stmt.leaf.Exec(int64(counter), id, r.payload[:], statement); err != nil {
+		return false, err
+	}
+	hashes, err := tlog.StoredHashesForRecordHash(int64(head.Size), tlog.RecordHash(statement), l.readHashes(fresh))
+	if err != nil {
+		return false, err
+	}
+	first := tlog.StoredHashIndex(0, int64(head.Size))
+	for i, h := range hashes {
+		fresh[first+int64(i)] = h
+		if _, err := l.stmt.hash.Exec(first+int64(i), h[:]); err != nil {
+			return false, err
+		}
+	}
+	head.Size, head.Previous, head.Time = counter, sha256.Sum256(statement), at
+	if r.permit != nil {
+		r.receipt = &Receipt{statement: statement, counter: counter, id: r.action.ID}
+	}
+	return true, nil
+}
+
+// statement builds the entry's bytes from the parsed action.
+func (l *Log) statement(r *request, head Head) (b []byte, at time.Time, err error) {
+	at = l.now()
+	if r.permit != nil {
+		at = r.permit.Env().Now // the moment for which it was checked
+	}
+	if at = at.UTC().Truncate(time.Microsecond); at.Before(head.Time) {
+		at = head.Time // time does not go back in a record
+	}
+	id := &r.identity
+	s := &scope.Statement{
+		Version: 1, Issuer: id.Issuer, Agent: id.Agent, Counter: scope.Counter(head.Size + 1), Previous: head.Previous,
+		Time: scope.Timestamp{Time: at}, Expires: at.Add(id.Lifetime).Unix(),
+		Decision:    scope.Decision{Decision: scope.DecisionPermit, Certificate: id.Certificate, Scope: id.Scope},
+		Attestation: scope.Attestation{Evidence: id.Evidence, Time: scope.Timestamp{Time: id.AttestedAt.UTC().Truncate(time.Microsecond)}},
+	}
+	if a := r.action; a != nil {
+		s.Audience, s.ID, s.Kind, s.Order, s.Payment, s.Party, s.Native = a.Audience, a.ID, a.Kind, a.Order, a.Payment, a.Party, a.Native
+	}
+	if r.refusal != nil {
+		s.Decision.Decision, s.Decision.Rule, s.Decision.Message = scope.DecisionDeny, r.refusal.Rule, r.refusal.Message
+	} else if ref := r.permit.UsedReference(); ref != nil {
+		s.Decision.Reference = &scope.Reference{Price: ref.Price, Currency: ref.Currency, Source: ref.Source, Time: scope.Timestamp{Time: ref.Time.UTC().Truncate(time.Microsecond)}}
+	}
+	b, err = s.Marshal()
+	return b, at, err
+}
