@@ -179,3 +179,9 @@ func SPKIDigest(public []byte) ([32]byte, error) {
 	_, spki, err := publicKey(p)
 	return sha256.Sum256(spki), err
 }
+
+// HasTemplate says whether a TPMT_PUBLIC differs from a template in unique alone.
+func HasTemplate(public, template []byte) bool {
+	p, err := decode[tpm2.TPMTPublic]("public area", public)
+	return err == nil && sameButUnique(p, template)
+}

@@ -259,7 +259,7 @@ func TestToolsSeeTheKey(t *testing.T) {
 }
 
 func hex(b []byte) string {
-	const digits = "0123456789ABCDEF"
+	const digits = "0123456789abcdef"
 	var out bytes.Buffer
 	for _, c := range b {
 		out.WriteByte(digits[c>>4])

@@ -16,28 +16,12 @@ import (
 	"time"
 
 	"inkan/attest"
+	"inkan/internal/problem"
 	"inkan/internal/strictjson"
 )
 
 // maxAnswer bounds an answer of the issuer, in bytes.
 const maxAnswer = 1 << 20
-
-// Problem is the issuer's refusal (RFC 9457).
-type Problem struct {
-	Type   string `json:"type"`
-	Title  string `json:"title"`
-	Status int    `json:"status"`
-	Detail string `json:"detail,omitempty"`
-	Check  string `json:"check,omitempty"` // the attestation check that decided
-}
-
-func (p *Problem) Error() string {
-	check := p.Check
-	if check == "" {
-		check = fmt.Sprintf("status %d", p.Status)
-	}
-	return strings.TrimSpace(fmt.Sprintf("the issuer refused (%s): %s: %s", check, p.Title, p.Detail))
-}
 
 // channel is one TLS 1.3 connection to the issuer. The evidence names it by
 // its exporter, so all messages of an exchange go over this one connection.
@@ -88,7 +72,7 @@ func (c *channel) binding() ([]byte, error) {
 	return s.ExportKeyingMaterial(attest.BindingLabel, nil, 32)
 }
 
-// post sends in and decodes the answer into out. A refusal is a *Problem.
+// post sends in and decodes the answer into out. A refusal is a *problem.Problem.
 func (c *channel) post(ctx context.Context, path string, in, out any) error {
 	body, err := strictjson.Marshal(in)
 	if err != nil {
@@ -109,13 +93,7 @@ func (c *channel) post(ctx context.Context, path string, in, out any) error {
 		return fmt.Errorf("reading the issuer's answer: %w", err)
 	}
 	if res.StatusCode/100 != 2 {
-		p := &Problem{Status: res.StatusCode, Title: http.StatusText(res.StatusCode)}
-		if strings.HasPrefix(res.Header.Get("Content-Type"), "application/problem+json") {
-			if err := strictjson.Unmarshal(answer, maxAnswer, p); err != nil {
-				return fmt.Errorf("the issuer's refusal with status %d: %w", res.StatusCode, err)
-			}
-		}
-		return p
+		return fmt.Errorf("the issuer: %w", problem.Parse(res.StatusCode, res.Header.Get("Content-Type"), answer))
 	}
 	if err := strictjson.Unmarshal(answer, maxAnswer, out); err != nil {
 		return fmt.Errorf("the issuer's answer: %w", err)

@@ -1,0 +1,179 @@
+// Package attester runs the host's side of enrolment and renewal: see [Run].
+package attester
+
+import (
+	"context"
+	"crypto/ecdsa"
+	"crypto/rand"
+	"crypto/x509"
+	"crypto/x509/pkix"
+	"errors"
+	"fmt"
+	"slices"
+
+	"inkan/attest"
+	"inkan/tpm"
+)
+
+// Issuer is whom to ask.
+type Issuer struct {
+	URL   string // https
+	Roots *x509.CertPool
+}
+
+// Outcome is what an exchange ended with.
+type Outcome struct {
+	Grant    *attest.Grant
+	Policies *tpm.Policies     // under which the keys work
+	Keys     map[string][]byte // TSS2 PRIVATE KEY files by purpose
+}
+
+// Run asks the issuer for an agent's certificates. keys holds the agent's key
+// files by purpose; a key that is not there, or not of the template that the
+// issuer asks for, is made. save is called with the keys before the issuer sees
+// their evidence, so that no certificate is issued for a key that was lost.
+// A refusal of the issuer is a *problem.Problem.
+func Run(ctx context.Context, issuer Issuer, dev *tpm.Device, agent string, keys map[string][]byte, save func(map[string][]byte) error) (*Outcome, error) {
+	ch, err := dial(ctx, issuer.URL, issuer.Roots)
+	if err != nil {
+		return nil, err
+	}
+	defer ch.close()
+
+	// M1: who asks, from which device.
+	hello, ek, err := hello(dev, agent)
+	if err != nil {
+		return nil, err
+	}
+	var c attest.Challenge
+	if err := ch.post(ctx, "/v1/sessions", hello, &c); err != nil {
+		return nil, err
+	}
+
+	// M2 to M3: what the challenge asks for.
+	ev := &attest.Evidence{Session: c.Session}
+	if c.Credential != nil {
+		if ev.Secret, err = dev.ActivateCredential(ek, c.Credential); err != nil {
+			return nil, err
+		}
+	}
+	out := &Outcome{Policies: &tpm.Policies{PolicyKey: c.PolicyKey, Ref: c.PolicyRef, Approved: c.Policies}, Keys: make(map[string][]byte)}
+	loaded, err := ensureKeys(dev, &c, keys, out)
+	if err != nil {
+		return nil, err
+	}
+	if err := save(out.Keys); err != nil {
+		return nil, fmt.Errorf("keeping the keys: %w", err)
+	}
+	binding, err := ch.binding()
+	if err != nil {
+		return nil, err
+	}
+	if err := collect(dev, &c, loaded, binding, agent, ev); err != nil {
+		return nil, err
+	}
+
+	// M4: the certificates.
+	out.Grant = new(attest.Grant)
+	if err := ch.post(ctx, "/v1/sessions/evidence", ev, out.Grant); err != nil {
+		return nil, err
+	}
+	out.Policies.Approved = out.Grant.Policies
+	return out, nil
+}
+
+// hello chooses the first endorsement key, which has a certificate if any has.
+func hello(dev *tpm.Device, agent string) (*attest.Hello, *tpm.EK, error) {
+	eks, err := dev.EKs()
+	if err != nil {
+		return nil, nil, err
+	}
+	if len(eks) == 0 {
+		return nil, nil, errors.New("the TPM has no endorsement key")
+	}
+	ek := &eks[0]
+	h := &attest.Hello{Agent: agent, EKCertificate: ek.Certificate, EKChain: ek.Chain, EKPublic: ek.Public}
+	if h.AKPublic, err = dev.AKPublic(); err != nil {
+		return nil, nil, err
+	}
+	h.SRKPublic, err = dev.SRKPublic()
+	return h, ek, err
+}
+
+func ensureKeys(dev *tpm.Device, c *attest.Challenge, have map[string][]byte, out *Outcome) ([]*tpm.Key, error) {
+	var loaded []*tpm.Key
+	for _, want := range c.Keys {
+		if want.Purpose != attest.PurposeAction && want.Purpose != attest.PurposeTLS {
+			return nil, fmt.Errorf("the issuer asks for a key for %.16q, which is not known here", want.Purpose)
+		}
+		file := have[want.Purpose]
+		if file != nil {
+			k, err := dev.LoadKey(file, out.Policies)
+			if err != nil {
+				return nil, err
+			}
+			if attest.HasTemplate(k.PublicArea(), want.Template) {
+				out.Keys[want.Purpose] = file
+				loaded = append(loaded, k)
+				continue
+			}
+		}
+		file, _, err := dev.CreateKey(want.Template)
+		if err != nil {
+			return nil, err
+		}
+		k, err := dev.LoadKey(file, out.Policies)
+		if err != nil {
+			return nil, err
+		}
+		out.Keys[want.Purpose] = file
+		loaded = append(loaded, k)
+	}
+	return loaded, nil
+}
+
+// collect certifies the keys and quotes the PCRs.
+func collect(dev *tpm.Device, c *attest.Challenge, keys []*tpm.Key, binding []byte, agent string, ev *attest.Evidence) error {
+	for i, k := range keys {
+		csr, err := x509.CreateCertificateRequest(rand.Reader, &x509.CertificateRequest{Subject: pkix.Name{CommonName: agent}}, k)
+		if err != nil {
+			return err
+		}
+		q := attest.KeyQualifyingData(c.Session, c.Nonce, binding, csr)
+		certify, err := dev.Certify(k, q[:])
+		if err != nil {
+			return err
+		}
+		ev.Keys = append(ev.Keys, attest.KeyEvidence{Purpose: c.Keys[i].Purpose, Public: k.PublicArea(), CSR: csr, Certify: certify})
+	}
+	q, err := attest.QuoteQualifyingData(c.Session, c.Nonce, binding, ev.Keys)
+	if err != nil {
+		return err
+	}
+	if ev.Quote, err = dev.Quote(c.PCRs, q[:]); err != nil {
+		return err
+	}
+	ev.PCRs, err = dev.ReadPCRs(c.PCRs)
+	return err
+}
+
+// Chain returns the certificate chain of a purpose, leaf first, after checking
+// that it is for the key.
+func (o *Outcome) Chain(purpose string, key *ecdsa.PublicKey) ([]*x509.Certificate, error) {
+	i := slices.IndexFunc(o.Grant.Certificates, func(c attest.Issued) bool { return c.Purpose == purpose })
+	if i < 0 || len(o.Grant.Certificates[i].Chain) == 0 {
+		return nil, fmt.Errorf("the issuer sent no certificate for the %s key", purpose)
+	}
+	var chain []*x509.Certificate
+	for _, der := range o.Grant.Certificates[i].Chain {
+		c, err := x509.ParseCertificate(der)
+		if err != nil {
+			return nil, fmt.Errorf("the issuer's certificate: %w", err)
+		}
+		chain = append(chain, c)
+	}
+	if !key.Equal(chain[0].PublicKey) {
+		return nil, fmt.Errorf("the issuer's certificate is not for the %s key", purpose)
+	}
+	return chain, nil
+}

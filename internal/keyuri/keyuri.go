@@ -1,0 +1,88 @@
+// Package keyuri opens a signing key that a URI names: see [Open].
+//
+//	file:/etc/inkan/ca.key                       PKCS#8 in PEM, readable by its owner alone
+//	tpm:/dev/tpmrm0?key=/etc/inkan/ca.tss2.pem   TSS2 PRIVATE KEY, made by inkan tpm keygen
+package keyuri
+
+import (
+	"crypto"
+	"crypto/x509"
+	"encoding/pem"
+	"errors"
+	"fmt"
+	"io"
+	"net/url"
+	"os"
+	"strings"
+
+	"inkan/tpm"
+)
+
+// nothing is the closer of keys that need none.
+type nothing struct{}
+
+func (nothing) Close() error { return nil }
+
+// Open opens the key that uri names. Close the closer when done.
+func Open(uri string) (crypto.Signer, io.Closer, error) {
+	scheme, rest, ok := strings.Cut(uri, ":")
+	if !ok {
+		return nil, nil, fmt.Errorf("key %.64q: a URI is expected, such as file:/etc/inkan/ca.key or tpm:/dev/tpmrm0?key=/etc/inkan/ca.tss2.pem", uri)
+	}
+	switch scheme {
+	case "file":
+		k, err := fromFile(rest)
+		return k, nothing{}, err
+	case "tpm":
+		return fromTPM(rest)
+	}
+	return nil, nil, fmt.Errorf("key URI with the scheme %.16q: file or tpm is expected", scheme)
+}
+
+func fromFile(path string) (crypto.Signer, error) {
+	fi, err := os.Stat(path)
+	if err != nil {
+		return nil, err
+	}
+	if fi.Mode().Perm()&0o077 != 0 {
+		return nil, fmt.Errorf("key file %s: others may read it (mode %04o): chmod 600", path, fi.Mode().Perm())
+	}
+	b, err := os.ReadFile(path)
+	if err != nil {
+		return nil, err
+	}
+	block, _ := pem.Decode(b)
+	if block == nil || block.Type != "PRIVATE KEY" {
+		return nil, fmt.Errorf("key file %s: a PKCS#8 PRIVATE KEY in PEM is expected", path)
+	}
+	k, err := x509.ParsePKCS8PrivateKey(block.Bytes)
+	if err != nil {
+		return nil, fmt.Errorf("key file %s: malformed PKCS#8", path) // the cause could quote key material
+	}
+	s, ok := k.(crypto.Signer)
+	if !ok {
+		return nil, fmt.Errorf("key file %s: not a signing key", path)
+	}
+	return s, nil
+}
+
+func fromTPM(rest string) (crypto.Signer, io.Closer, error) {
+	address, query, _ := strings.Cut(rest, "?")
+	q, err := url.ParseQuery(query)
+	if err != nil || len(q) != 1 || q.Get("key") == "" {
+		return nil, nil, errors.New("key URI: tpm:ADDRESS?key=FILE is expected")
+	}
+	file, err := os.ReadFile(q.Get("key"))
+	if err != nil {
+		return nil, nil, err
+	}
+	d, err := tpm.Open(address)
+	if err != nil {
+		return nil, nil, err
+	}
+	k, err := d.LoadKey(file, nil)
+	if err != nil {
+		return nil, nil, errors.Join(err, d.Close())
+	}
+	return k, d, nil
+}

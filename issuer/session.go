@@ -1,0 +1,278 @@
+package issuer
+
+import (
+	"context"
+	"crypto/rand"
+	"database/sql"
+	"encoding/hex"
+	"errors"
+	"fmt"
+	"sync"
+	"time"
+
+	"inkan/attest"
+	"inkan/internal/certext"
+	"inkan/internal/strictjson"
+)
+
+// How long a challenge may be answered, and how many may wait for an answer.
+const (
+	sessionTTL  = 60 * time.Second
+	maxSessions = 4096
+)
+
+// session is an exchange that was begun. It lives in memory alone: after a
+// restart its TLS channel is gone too. Whoever takes it out answers it, once,
+// so nonce and secret are used once and a failed exchange stays failed (G1, Q3, A3).
+type session struct {
+	agent       string
+	device      *Device
+	hello       *attest.Hello
+	endorsement *attest.Endorsement
+	challenge   *attest.Challenge
+	secret      []byte
+	expires     time.Time
+}
+
+type sessions struct {
+	mu   sync.Mutex
+	open map[string]*session
+}
+
+func newSessions() *sessions { return &sessions{open: make(map[string]*session)} }
+
+func (s *sessions) put(now time.Time, x *session) error {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	if len(s.open) >= maxSessions {
+		for id, old := range s.open {
+			if now.After(old.expires) {
+				delete(s.open, id)
+			}
+		}
+	}
+	if len(s.open) >= maxSessions {
+		return &attest.Refusal{Check: "G7", Detail: "too many exchanges are under way: try again in a minute"}
+	}
+	s.open[string(x.challenge.Session)] = x
+	return nil
+}
+
+// take removes the session: no second evidence finds it.
+func (s *sessions) take(now time.Time, id []byte) *session {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	x := s.open[string(id)]
+	delete(s.open, string(id))
+	if x == nil || now.After(x.expires) {
+		return nil
+	}
+	return x
+}
+
+func refuse(check, format string, a ...any) error {
+	return &attest.Refusal{Check: check, Detail: fmt.Sprintf(format, a...)}
+}
+
+// begin answers M1 with M2.
+func (i *Issuer) begin(ctx context.Context, h *attest.Hello) (*attest.Challenge, error) {
+	x := &session{agent: h.Agent, hello: h, expires: i.now().Add(sessionTTL)}
+	ek, err := attest.SPKIDigest(h.EKPublic)
+	if err != nil {
+		return nil, refuse("E7", "%v", err)
+	}
+	if x.device, err = i.store.deviceByEK(ctx, ek); errors.Is(err, ErrNotFound) {
+		return nil, refuse("E9", "no device with the EK %x is in the inventory", ek)
+	} else if err != nil {
+		return nil, err
+	}
+	a, err := i.agentOf(ctx, h.Agent, x.device.ID)
+	if err != nil {
+		return nil, err
+	}
+	options, err := x.device.ekOptions(i.now())
+	if err != nil {
+		return nil, err
+	}
+	if x.endorsement, err = attest.VerifyEK(h, options); err != nil {
+		return nil, err
+	}
+	name, err := attest.CheckAK(h.AKPublic)
+	if err != nil {
+		return nil, err
+	}
+	if x.challenge, err = i.challenge(ctx, x.device, a); err != nil {
+		return nil, err
+	}
+	if x.device.ak == nil {
+		x.secret = random(attest.SecretSize)
+		if x.challenge.Credential, err = attest.MakeCredential(x.endorsement, name, x.secret, rand.Reader); err != nil {
+			return nil, err
+		}
+	} else if string(x.device.ak) != string(h.AKPublic) || string(x.device.srk) != string(h.SRKPublic) {
+		return nil, refuse("E9", "device %s has another attestation key or storage root key on record: remove the device and add it anew if its TPM was cleared", x.device.ID)
+	}
+	return x.challenge, i.sessions.put(i.now(), x)
+}
+
+func (i *Issuer) agentOf(ctx context.Context, name, device string) (*Agent, error) {
+	a, err := i.store.agent(ctx, name)
+	switch {
+	case errors.Is(err, ErrNotFound):
+		return nil, refuse("E9", "agent %.64q is not in the inventory", name)
+	case err != nil:
+		return nil, err
+	case a.Device != device:
+		return nil, refuse("E9", "agent %s does not run on device %s", name, device)
+	case a.Status != Active:
+		return nil, refuse("E9", "agent %s is %s", name, a.Status)
+	}
+	return a, nil
+}
+
+func (d *Device) ekOptions(now time.Time) (o attest.EKOptions, err error) {
+	o = attest.EKOptions{AllowExpired: d.AllowExpired, Now: now}
+	if d.Roots == "" {
+		o.Pin, err = hex.DecodeString(d.EK)
+		return o, err
+	}
+	roots, err := attest.ParseCertificates([]byte(d.Roots))
+	if err != nil {
+		return o, err
+	}
+	o.Roots = pool(roots)
+	if d.Intermediates != "" {
+		o.Intermediates, err = attest.ParseCertificates([]byte(d.Intermediates))
+	}
+	return o, err
+}
+
+func random(n int) []byte {
+	b := make([]byte, n)
+	if _, err := rand.Read(b); err != nil {
+		panic(err) // crypto/rand ends the program before it would return an error
+	}
+	return b
+}
+
+func (i *Issuer) challenge(ctx context.Context, d *Device, a *Agent) (*attest.Challenge, error) {
+	policies, err := i.store.policiesFor(ctx, d.ID)
+	if err != nil {
+		return nil, err
+	}
+	if len(policies) == 0 {
+		return nil, refuse("P1", "no policy is approved for device %s: inkan issuer policy approve", d.ID)
+	}
+	c := &attest.Challenge{
+		Session: random(attest.SessionSize), Nonce: random(attest.NonceSize), Expires: i.now().Add(sessionTTL).UTC().Truncate(time.Second),
+		PCRs: attest.Union(policies), Policies: policies, PolicyKey: i.policyKey, PolicyRef: i.policyRef,
+		Keys: []attest.KeyRequest{{Purpose: attest.PurposeAction, Template: attest.KeyTemplate(i.auth)}},
+	}
+	if a.TLS {
+		c.Keys = append(c.Keys, attest.KeyRequest{Purpose: attest.PurposeTLS, Template: attest.KeyTemplate(i.auth)})
+	}
+	return c, nil
+}
+
+// finish answers M3 with M4. The decision and its evidence are on disk before
+// a certificate is made.
+func (i *Issuer) finish(ctx context.Context, ev *attest.Evidence, binding []byte) (*attest.Grant, error) {
+	x := i.sessions.take(i.now(), ev.Session)
+	if x == nil {
+		return nil, refuse("Q3", "there is no such exchange: it was answered, took longer than %s, or was never begun", sessionTTL)
+	}
+	a, err := i.agentOf(ctx, x.agent, x.device.ID)
+	if err != nil {
+		return nil, err
+	}
+	result, err := attest.Appraise(&attest.Expectation{
+		Challenge: x.challenge, Binding: binding, Secret: x.secret, Endorsement: x.endorsement, AK: x.hello.AKPublic, SRK: x.hello.SRKPublic,
+		AuthPolicy: i.auth, Clock: x.device.clock, UnsafeClock: x.device.UnsafeClock, MinFirmware: uint64(x.device.MinFirmware), AppraisalNow: i.now(),
+	}, ev)
+	if err != nil {
+		return nil, err
+	}
+	if err := i.appraised(ctx, x, ev, result); err != nil {
+		return nil, err
+	}
+	return i.grant(ctx, a, x, result)
+}
+
+// appraised records an accepted appraisal, and what the device is held to from
+// now on: its AK, its SRK, its clock.
+func (i *Issuer) appraised(ctx context.Context, x *session, ev *attest.Evidence, r *attest.Result) error {
+	doc, err := strictjson.Marshal(ev)
+	if err != nil {
+		return err
+	}
+	digest, clock := fmt.Sprintf("%x", r.EvidenceDigest()), r.Clock()
+	return i.store.inTx(ctx, func(tx *sql.Tx) error {
+		if _, err := tx.ExecContext(ctx, "INSERT OR IGNORE INTO evidence(sha256, document) VALUES(?, ?)", digest, doc); err != nil {
+			return err
+		}
+		res, err := tx.ExecContext(ctx, "UPDATE device SET ak = ?, srk = ?, clock_ms = ?, resets = ?, restarts = ? WHERE id = ? AND (ak IS NULL OR ak = ?)",
+			x.hello.AKPublic, x.hello.SRKPublic, int64(clock.Milliseconds), clock.Resets, clock.Restarts, x.device.ID, x.hello.AKPublic)
+		if err := constraint(err, "attestation key"); err != nil {
+			return refuse("E9", "%v", err)
+		}
+		if n, err := res.RowsAffected(); err != nil || n != 1 {
+			return refuse("E9", "device %s was removed, or has another attestation key by now", x.device.ID)
+		}
+		return event(ctx, tx, Event{Time: r.Time(), Kind: "appraised", Agent: x.agent, Device: x.device.ID, Check: "P1",
+			Detail: fmt.Sprintf("EK %s, policy %s, firmware %#x", r.Endorsement(), r.Policy(), r.Firmware()), Evidence: digest})
+	})
+}
+
+// grant issues the agent's certificates from an appraisal's result.
+func (i *Issuer) grant(ctx context.Context, a *Agent, x *session, r *attest.Result) (*attest.Grant, error) {
+	if !r.Valid() {
+		return nil, refuse("G1", "there is no appraisal")
+	}
+	g := &attest.Grant{Policies: x.challenge.Policies, RenewAfter: i.now().Add(i.config.lifetime * 2 / 3).UTC().Truncate(time.Second)}
+	for _, k := range r.Keys() {
+		o := order{profile: k.Purpose, key: k.PublicKey, agent: a.Name, lifetime: i.config.lifetime}
+		if k.Purpose == attest.PurposeAction {
+			o.scope = []byte(a.Scope)
+			o.attestation = &certext.Attestation{
+				Policy: r.Policy(), EvidenceSHA256: fmt.Sprintf("%x", r.EvidenceDigest()), Time: r.Time().UTC().Truncate(time.Second),
+				Protection: certext.ProtectionTPM, Mode: "local", KeyName: hex.EncodeToString(k.Name), AuthPolicy: hex.EncodeToString(k.AuthPolicy),
+				EK: r.Endorsement(), Device: x.device.ID,
+			}
+		}
+		c, err := i.issue(ctx, o)
+		if err != nil {
+			return nil, err
+		}
+		g.Certificates = append(g.Certificates, attest.Issued{Purpose: k.Purpose, Chain: [][]byte{c.Raw}})
+	}
+	return g, nil
+}
+
+// refused writes a refusal to the decision log.
+func (i *Issuer) refused(ctx context.Context, agent string, ev *attest.Evidence, r *attest.Refusal) error {
+	e := Event{Time: i.now(), Kind: "refused", Agent: clip(agent, 64), Check: r.Check, Detail: clip(r.Detail, 512)}
+	return i.store.inTx(ctx, func(tx *sql.Tx) error {
+		if ev != nil {
+			doc, err := strictjson.Marshal(ev)
+			if err != nil {
+				return err
+			}
+			digest, err := attest.EvidenceDigest(ev)
+			if err != nil {
+				return err
+			}
+			e.Evidence = fmt.Sprintf("%x", digest)
+			if _, err := tx.ExecContext(ctx, "INSERT OR IGNORE INTO evidence(sha256, document) VALUES(?, ?)", e.Evidence, doc); err != nil {
+				return err
+			}
+		}
+		return event(ctx, tx, e)
+	})
+}
+
+func clip(s string, n int) string {
+	if len(s) > n {
+		return s[:n]
+	}
+	return s
+}

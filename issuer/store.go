@@ -1,0 +1,441 @@
+package issuer
+
+import (
+	"context"
+	"database/sql"
+	"encoding/hex"
+	"errors"
+	"fmt"
+	"os"
+	"strings"
+	"time"
+
+	_ "modernc.org/sqlite" // the driver "sqlite"
+
+	"inkan/attest"
+	"inkan/internal/strictjson"
+	"inkan/scope"
+)
+
+const schemaVersion = 1
+
+// One EK is one device, and one device has one AK (E9): the database holds that.
+const schema = `
+CREATE TABLE device(
+	id            TEXT PRIMARY KEY,
+	ek            BLOB NOT NULL UNIQUE,  -- SHA-256 of the SPKI
+	roots         TEXT NOT NULL,         -- PEM; empty: the EK is pinned
+	intermediates TEXT NOT NULL,
+	allow_expired INTEGER NOT NULL,
+	unsafe_clock  INTEGER NOT NULL,
+	min_firmware  INTEGER NOT NULL,
+	ak            BLOB UNIQUE,           -- TPMT_PUBLIC, from the first accepted evidence on
+	srk           BLOB,
+	clock_ms      INTEGER, resets INTEGER, restarts INTEGER,
+	created       INTEGER NOT NULL
+) STRICT;
+CREATE TABLE agent(
+	name    TEXT PRIMARY KEY,
+	device  TEXT NOT NULL REFERENCES device(id),
+	scope   BLOB NOT NULL,               -- canonical JSON
+	tls     INTEGER NOT NULL,
+	status  TEXT NOT NULL CHECK (status IN ('active', 'suspended', 'retired')),
+	created INTEGER NOT NULL
+) STRICT;
+CREATE TABLE policy(
+	name     TEXT PRIMARY KEY,
+	device   TEXT NOT NULL,              -- * is for all
+	document BLOB NOT NULL,
+	retired  INTEGER NOT NULL,
+	created  INTEGER NOT NULL
+) STRICT;
+CREATE TABLE certificate(
+	serial    TEXT PRIMARY KEY,          -- hex
+	profile   TEXT NOT NULL,
+	agent     TEXT NOT NULL,             -- empty where there is none
+	der       BLOB NOT NULL,
+	issued    INTEGER NOT NULL,
+	not_after INTEGER NOT NULL,
+	revoked   INTEGER,
+	reason    INTEGER                    -- RFC 5280, section 5.3.1
+) STRICT;
+CREATE INDEX certificate_agent ON certificate(agent, not_after);
+CREATE INDEX certificate_revoked ON certificate(revoked) WHERE revoked IS NOT NULL;
+CREATE TABLE event(
+	id       INTEGER PRIMARY KEY,
+	time     INTEGER NOT NULL,           -- microseconds since 1970
+	kind     TEXT NOT NULL,
+	agent    TEXT NOT NULL,
+	device   TEXT NOT NULL,
+	check_id TEXT NOT NULL,
+	detail   TEXT NOT NULL,
+	evidence TEXT NOT NULL               -- SHA-256, hex
+) STRICT;
+CREATE TABLE evidence(
+	sha256   TEXT PRIMARY KEY,
+	document BLOB NOT NULL
+) STRICT;
+`
+
+// Errors of the inventory.
+var (
+	ErrNotFound = errors.New("not found")
+	ErrExists   = errors.New("exists already")
+	ErrInvalid  = errors.New("not valid")
+)
+
+// Device is a TPM in the inventory.
+type Device struct {
+	ID            string `json:"id"`
+	EK            string `json:"ek"`                      // SHA-256 of the EK's SPKI, hex
+	Roots         string `json:"roots,omitempty"`         // PEM of the vendor's roots; empty: the EK is pinned
+	Intermediates string `json:"intermediates,omitempty"` // PEM
+	AllowExpired  bool   `json:"allow_expired,omitzero"`  // of the EK certificate
+	UnsafeClock   bool   `json:"unsafe_clock,omitzero"`   // accept a clock after a loss of power
+	MinFirmware   int64  `json:"min_firmware,omitzero"`
+	Enrolled      bool   `json:"enrolled,omitzero"` // it has an AK on record; output only
+	ak, srk       []byte
+	clock         *attest.Clock
+}
+
+// Agent is an agent in the inventory.
+type Agent struct {
+	Name   string `json:"name"`
+	Device string `json:"device"`
+	Scope  string `json:"scope"`           // JSON; canonical in output
+	TLS    bool   `json:"tls,omitzero"`    // wants a TLS certificate too
+	Status string `json:"status,omitzero"` // active, suspended, retired
+}
+
+// Statuses of agents.
+const (
+	Active    = "active"
+	Suspended = "suspended"
+	Retired   = "retired"
+)
+
+// Policy is an approved policy and the devices that may use it.
+type Policy struct {
+	Device   string                `json:"device"` // * is for all
+	Approved attest.ApprovedPolicy `json:"approved"`
+	Retired  bool                  `json:"retired,omitzero"`
+}
+
+// Certificate is one that was issued.
+type Certificate struct {
+	Serial   string    `json:"serial"`
+	Profile  string    `json:"profile"`
+	Agent    string    `json:"agent,omitempty"`
+	Issued   time.Time `json:"issued"`
+	NotAfter time.Time `json:"not_after"`
+	Revoked  time.Time `json:"revoked,omitzero"`
+	Reason   string    `json:"reason,omitempty"`
+	der      []byte
+}
+
+// Event is a line of the decision log.
+type Event struct {
+	ID       int64     `json:"id"`
+	Time     time.Time `json:"time"`
+	Kind     string    `json:"kind"` // refused, appraised, issued, revoked, changed
+	Agent    string    `json:"agent,omitempty"`
+	Device   string    `json:"device,omitempty"`
+	Check    string    `json:"check,omitempty"` // what decided
+	Detail   string    `json:"detail,omitempty"`
+	Evidence string    `json:"evidence,omitempty"` // SHA-256
+}
+
+type store struct{ db *sql.DB }
+
+func openStore(ctx context.Context, path string) (_ *store, err error) {
+	db, err := sql.Open("sqlite", "file:"+path+"?_txlock=immediate&_pragma=journal_mode(WAL)&_pragma=synchronous(FULL)&_pragma=busy_timeout(5000)&_pragma=foreign_keys(1)")
+	if err != nil {
+		return nil, err
+	}
+	defer func() {
+		if err != nil {
+			_ = db.Close()
+			err = fmt.Errorf("opening the inventory %s: %w", path, err)
+		}
+	}()
+	db.SetMaxOpenConns(1) // SQLite has one writer; waiting here is cheaper than in the file
+	var version int
+	if err := db.QueryRowContext(ctx, "PRAGMA user_version").Scan(&version); err != nil {
+		return nil, err
+	}
+	switch version {
+	case 0:
+		if _, err := db.ExecContext(ctx, fmt.Sprintf("BEGIN IMMEDIATE; %s PRAGMA user_version = %d; COMMIT", schema, schemaVersion)); err != nil {
+			return nil, err
+		}
+	case schemaVersion:
+	default:
+		return nil, fmt.Errorf("it has format %d, this program knows %d", version, schemaVersion)
+	}
+	return &store{db}, os.Chmod(path, 0o600)
+}
+
+// inTx runs f in one durable transaction.
+func (s *store) inTx(ctx context.Context, f func(*sql.Tx) error) error {
+	tx, err := s.db.BeginTx(ctx, nil)
+	if err != nil {
+		return err
+	}
+	if err := f(tx); err != nil {
+		return errors.Join(err, ignoreDone(tx.Rollback()))
+	}
+	return tx.Commit()
+}
+
+func ignoreDone(err error) error {
+	if errors.Is(err, sql.ErrTxDone) {
+		return nil
+	}
+	return err
+}
+
+func event(ctx context.Context, tx *sql.Tx, e Event) error {
+	_, err := tx.ExecContext(ctx, "INSERT INTO event(time, kind, agent, device, check_id, detail, evidence) VALUES(?, ?, ?, ?, ?, ?, ?)",
+		e.Time.UnixMicro(), e.Kind, e.Agent, e.Device, e.Check, e.Detail, e.Evidence)
+	return err
+}
+
+// constraint turns a violated constraint into ErrExists or ErrNotFound.
+func constraint(err error, what string) error {
+	if err == nil {
+		return nil
+	}
+	switch text := err.Error(); {
+	case strings.Contains(text, "UNIQUE"):
+		return fmt.Errorf("%s: %w", what, ErrExists)
+	case strings.Contains(text, "FOREIGN KEY"):
+		return fmt.Errorf("%s: its device: %w", what, ErrNotFound)
+	}
+	return err
+}
+
+func validID(s string) bool {
+	if s == "" || len(s) > 63 || s[0] == '-' || s[len(s)-1] == '-' {
+		return false
+	}
+	return strings.Trim(s, "abcdefghijklmnopqrstuvwxyz0123456789-") == ""
+}
+
+const idRule = "1 to 63 lower-case letters, digits and inner dashes are expected"
+
+func (s *store) addDevice(ctx context.Context, d Device, now time.Time) error {
+	ek, err := hex.DecodeString(d.EK)
+	switch {
+	case !validID(d.ID):
+		return fmt.Errorf("device id %.80q: %w: %s", d.ID, ErrInvalid, idRule)
+	case err != nil || len(ek) != 32:
+		return fmt.Errorf("device %s: ek: %w: the SHA-256 of the EK's SPKI in hex is expected; inkan tpm info shows it", d.ID, ErrInvalid)
+	case d.MinFirmware < 0:
+		return fmt.Errorf("device %s: min_firmware: %w", d.ID, ErrInvalid)
+	}
+	for name, pem := range map[string]string{"roots": d.Roots, "intermediates": d.Intermediates} {
+		if pem == "" {
+			continue
+		}
+		if _, err := attest.ParseCertificates([]byte(pem)); err != nil {
+			return fmt.Errorf("device %s: %s: %w: %w", d.ID, name, ErrInvalid, err)
+		}
+	}
+	return s.inTx(ctx, func(tx *sql.Tx) error {
+		_, err := tx.ExecContext(ctx, "INSERT INTO device(id, ek, roots, intermediates, allow_expired, unsafe_clock, min_firmware, created) VALUES(?, ?, ?, ?, ?, ?, ?, ?)",
+			d.ID, ek, d.Roots, d.Intermediates, d.AllowExpired, d.UnsafeClock, d.MinFirmware, now.Unix())
+		if err := constraint(err, "device "+d.ID); err != nil {
+			return err
+		}
+		return event(ctx, tx, Event{Time: now, Kind: "changed", Device: d.ID, Detail: "device added"})
+	})
+}
+
+const deviceColumns = "id, ek, roots, intermediates, allow_expired, unsafe_clock, min_firmware, ak, srk, clock_ms, resets, restarts"
+
+func scanDevice(row interface{ Scan(...any) error }) (*Device, error) {
+	var d Device
+	var ek []byte
+	var ms, resets, restarts sql.NullInt64
+	if err := row.Scan(&d.ID, &ek, &d.Roots, &d.Intermediates, &d.AllowExpired, &d.UnsafeClock, &d.MinFirmware, &d.ak, &d.srk, &ms, &resets, &restarts); err != nil {
+		return nil, err
+	}
+	d.EK, d.Enrolled = hex.EncodeToString(ek), d.ak != nil
+	if ms.Valid {
+		d.clock = &attest.Clock{Milliseconds: uint64(ms.Int64), Resets: uint32(resets.Int64), Restarts: uint32(restarts.Int64)}
+	}
+	return &d, nil
+}
+
+func (s *store) deviceByEK(ctx context.Context, ek [32]byte) (*Device, error) {
+	d, err := scanDevice(s.db.QueryRowContext(ctx, "SELECT "+deviceColumns+" FROM device WHERE ek = ?", ek[:]))
+	if errors.Is(err, sql.ErrNoRows) {
+		return nil, ErrNotFound
+	}
+	return d, err
+}
+
+// list runs a query and scans each row.
+func list[T any](ctx context.Context, db *sql.DB, scan func(*sql.Rows) (T, error), query string, args ...any) ([]T, error) {
+	rows, err := db.QueryContext(ctx, query, args...)
+	if err != nil {
+		return nil, err
+	}
+	defer rows.Close()
+	out := []T{}
+	for rows.Next() {
+		v, err := scan(rows)
+		if err != nil {
+			return nil, err
+		}
+		out = append(out, v)
+	}
+	return out, rows.Err()
+}
+
+func (s *store) devices(ctx context.Context) ([]*Device, error) {
+	return list(ctx, s.db, func(r *sql.Rows) (*Device, error) { return scanDevice(r) }, "SELECT "+deviceColumns+" FROM device ORDER BY id")
+}
+
+// removeDevice takes a device out of the inventory; its agents must be retired.
+// Their certificates are revoked.
+func (s *store) removeDevice(ctx context.Context, id string, now time.Time) error {
+	return s.inTx(ctx, func(tx *sql.Tx) error {
+		var active int
+		if err := tx.QueryRowContext(ctx, "SELECT count(*) FROM agent WHERE device = ? AND status <> 'retired'", id).Scan(&active); err != nil {
+			return err
+		}
+		if active > 0 {
+			return fmt.Errorf("device %s: %w: it has %d agents that are not retired", id, ErrInvalid, active)
+		}
+		if _, err := tx.ExecContext(ctx, "DELETE FROM agent WHERE device = ?", id); err != nil {
+			return err
+		}
+		res, err := tx.ExecContext(ctx, "DELETE FROM device WHERE id = ?", id)
+		if err != nil {
+			return err
+		}
+		if n, err := res.RowsAffected(); err != nil || n != 1 {
+			return fmt.Errorf("device %s: %w", id, errors.Join(ErrNotFound, err))
+		}
+		return event(ctx, tx, Event{Time: now, Kind: "changed", Device: id, Detail: "device removed"})
+	})
+}
+
+func (s *store) addAgent(ctx context.Context, a Agent, now time.Time) error {
+	sc, err := scope.Parse([]byte(a.Scope))
+	if err != nil {
+		return fmt.Errorf("agent %.80s: %w: %w", a.Name, ErrInvalid, err)
+	}
+	if !validID(a.Name) {
+		return fmt.Errorf("agent name %.80q: %w: %s", a.Name, ErrInvalid, idRule)
+	}
+	return s.inTx(ctx, func(tx *sql.Tx) error {
+		_, err := tx.ExecContext(ctx, "INSERT INTO agent(name, device, scope, tls, status, created) VALUES(?, ?, ?, ?, ?, ?)", a.Name, a.Device, sc.Canonical(), a.TLS, Active, now.Unix())
+		if err := constraint(err, "agent "+a.Name); err != nil {
+			return err
+		}
+		return event(ctx, tx, Event{Time: now, Kind: "changed", Agent: a.Name, Device: a.Device, Detail: "agent added"})
+	})
+}
+
+func scanAgent(row interface{ Scan(...any) error }) (*Agent, error) {
+	var a Agent
+	var sc []byte
+	err := row.Scan(&a.Name, &a.Device, &sc, &a.TLS, &a.Status)
+	a.Scope = string(sc)
+	return &a, err
+}
+
+func (s *store) agent(ctx context.Context, name string) (*Agent, error) {
+	a, err := scanAgent(s.db.QueryRowContext(ctx, "SELECT name, device, scope, tls, status FROM agent WHERE name = ?", name))
+	if errors.Is(err, sql.ErrNoRows) {
+		return nil, fmt.Errorf("agent %.80q: %w", name, ErrNotFound)
+	}
+	return a, err
+}
+
+func (s *store) agents(ctx context.Context) ([]*Agent, error) {
+	return list(ctx, s.db, func(r *sql.Rows) (*Agent, error) { return scanAgent(r) }, "SELECT name, device, scope, tls, status FROM agent ORDER BY name")
+}
+
+// setStatus suspends, resumes or retires an agent. Whatever is not active has
+// its certificates revoked. A retired agent stays retired.
+func (s *store) setStatus(ctx context.Context, name, status string, now time.Time) error {
+	a, err := s.agent(ctx, name)
+	if err != nil {
+		return err
+	}
+	if status != Active && status != Suspended && status != Retired || a.Status == Retired && status != Retired {
+		return fmt.Errorf("agent %s: %w: from %s to %.16q is not possible", name, ErrInvalid, a.Status, status)
+	}
+	return s.inTx(ctx, func(tx *sql.Tx) error {
+		if _, err := tx.ExecContext(ctx, "UPDATE agent SET status = ? WHERE name = ?", status, name); err != nil {
+			return err
+		}
+		if status != Active {
+			if _, err := tx.ExecContext(ctx, "UPDATE certificate SET revoked = ?, reason = 5 WHERE agent = ? AND revoked IS NULL AND not_after > ?", now.Unix(), name, now.Unix()); err != nil {
+				return err // 5 is cessationOfOperation
+			}
+		}
+		return event(ctx, tx, Event{Time: now, Kind: "changed", Agent: name, Device: a.Device, Detail: "agent is " + status})
+	})
+}
+
+func (s *store) addPolicy(ctx context.Context, p Policy, now time.Time) error {
+	doc, err := strictjson.Marshal(p.Approved)
+	if err != nil {
+		return err
+	}
+	return s.inTx(ctx, func(tx *sql.Tx) error {
+		_, err := tx.ExecContext(ctx, "INSERT INTO policy(name, device, document, retired, created) VALUES(?, ?, ?, 0, ?)", p.Approved.Name, p.Device, doc, now.Unix())
+		if err := constraint(err, "policy "+p.Approved.Name); err != nil {
+			return err
+		}
+		return event(ctx, tx, Event{Time: now, Kind: "changed", Device: p.Device, Detail: "policy " + p.Approved.Name + " approved"})
+	})
+}
+
+func (s *store) retirePolicy(ctx context.Context, name string, now time.Time) error {
+	return s.inTx(ctx, func(tx *sql.Tx) error {
+		res, err := tx.ExecContext(ctx, "UPDATE policy SET retired = 1 WHERE name = ?", name)
+		if err != nil {
+			return err
+		}
+		if n, err := res.RowsAffected(); err != nil || n != 1 {
+			return fmt.Errorf("policy %.80q: %w", name, errors.Join(ErrNotFound, err))
+		}
+		return event(ctx, tx, Event{Time: now, Kind: "changed", Detail: "policy " + name + " retired"})
+	})
+}
+
+func (s *store) policies(ctx context.Context) ([]Policy, error) {
+	return list(ctx, s.db, func(r *sql.Rows) (p Policy, err error) {
+		var doc []byte
+		if err = r.Scan(&p.Device, &doc, &p.Retired); err == nil {
+			err = strictjson.Unmarshal(doc, maxRequest, &p.Approved)
+		}
+		return p, err
+	}, "SELECT device, document, retired FROM policy ORDER BY created DESC, name")
+}
+
+// policiesFor returns the policies in force for a device, the newest first.
+func (s *store) policiesFor(ctx context.Context, device string) ([]attest.ApprovedPolicy, error) {
+	all, err := s.policies(ctx)
+	out := []attest.ApprovedPolicy{}
+	for _, p := range all {
+		if !p.Retired && (p.Device == "*" || p.Device == device) {
+			out = append(out, p.Approved)
+		}
+	}
+	return out, err
+}
+
+func (s *store) events(ctx context.Context, after int64, limit int) ([]Event, error) {
+	return list(ctx, s.db, func(r *sql.Rows) (e Event, err error) {
+		var micros int64
+		err = r.Scan(&e.ID, &micros, &e.Kind, &e.Agent, &e.Device, &e.Check, &e.Detail, &e.Evidence)
+		e.Time = time.UnixMicro(micros).UTC()
+		return e, err
+	}, "SELECT id, time, kind, agent, device, check_id, detail, evidence FROM event WHERE id > ? ORDER BY id LIMIT ?", after, limit)
+}

@@ -1,0 +1,194 @@
+package signer
+
+import (
+	"context"
+	"crypto"
+	"crypto/sha256"
+	"crypto/x509"
+	"errors"
+	"fmt"
+	"sync/atomic"
+	"time"
+
+	"inkan/audit"
+	"inkan/internal/certext"
+	"inkan/internal/jws"
+	"inkan/scope"
+)
+
+// Rules of the signer itself, beside those of scopes. docs/signer.md lists them.
+const (
+	RuleCaller             scope.Rule = "caller"              // the process is not one that may act as an agent
+	RuleNoCertificate      scope.Rule = "no_certificate"      // the agent has none yet
+	RuleCertificateExpired scope.Rule = "certificate_expired" // renewal failed for too long
+	RuleUnsigned           scope.Rule = "unsigned"            // recorded before, under another certificate, and never signed
+)
+
+// Agent is one agent that the signer serves: its key, certificate and record.
+// It is safe for concurrent use.
+type Agent struct {
+	name     string
+	key      crypto.Signer // used by sign alone
+	log      *audit.Log
+	lifetime time.Duration
+	prices   *priceFile
+	busy     chan struct{}
+	current  atomic.Pointer[credential]
+	now      func() time.Time
+	metrics  *agentMetrics
+}
+
+// credential is a certificate and all that is derived from it once.
+type credential struct {
+	chain    []*x509.Certificate
+	action   *certext.ActionCertificate
+	scope    *scope.Scope
+	alg      string
+	header   *jws.Header
+	identity audit.Identity
+}
+
+func newCredential(chain []*x509.Certificate, key crypto.PublicKey, lifetime time.Duration) (*credential, error) {
+	if len(chain) == 0 {
+		return nil, errors.New("no certificate")
+	}
+	leaf := chain[0]
+	if k, ok := key.(interface{ Equal(crypto.PublicKey) bool }); !ok || !k.Equal(leaf.PublicKey) {
+		return nil, errors.New("the certificate is not for the agent's key")
+	}
+	c := &credential{chain: chain}
+	var err error
+	if c.action, err = certext.ParseAction(leaf); err != nil {
+		return nil, fmt.Errorf("the certificate: %w", err)
+	}
+	if c.scope, err = scope.ParseCanonical(c.action.Scope); err != nil {
+		return nil, fmt.Errorf("the certificate: %w", err)
+	}
+	if c.alg, _, err = jws.Algorithm(leaf.PublicKey); err != nil {
+		return nil, err
+	}
+	if c.header, err = jws.NewHeader(c.alg, chain, true); err != nil {
+		return nil, err
+	}
+	c.identity = audit.Identity{
+		Issuer: leaf.Issuer.String(), Agent: c.action.Agent, Certificate: sha256.Sum256(leaf.Raw), Scope: c.scope.Hash(),
+		Evidence: c.action.Attestation.EvidenceSHA256, AttestedAt: c.action.Attestation.Time, Lifetime: lifetime,
+	}
+	return c, nil
+}
+
+// SetChain replaces the agent's certificate, leaf first, without interrupting
+// what is being signed. The certificate stands in the record before it is used.
+func (a *Agent) SetChain(ctx context.Context, chain []*x509.Certificate) error {
+	c, err := newCredential(chain, a.key.Public(), a.lifetime)
+	if err != nil {
+		return fmt.Errorf("agent %s: %w", a.name, err)
+	}
+	if err := a.log.AddCertificate(ctx, chain); err != nil {
+		return err
+	}
+	a.current.Store(c)
+	a.metrics.notAfter.Set(float64(chain[0].NotAfter.Unix()))
+	return nil
+}
+
+// Signed is a signed action.
+type Signed struct {
+	ID      string `json:"id"`
+	Counter uint64 `json:"counter"`
+	JWS     string `json:"jws"`
+}
+
+// Act has an action signed, if the agent's scope allows it. Step 1, who asks,
+// is the server's. A refusal is a *scope.Refusal, and stands in the record.
+func (a *Agent) Act(ctx context.Context, body []byte) (*Signed, error) {
+	cred := a.current.Load()
+	if cred == nil {
+		return nil, &scope.Refusal{Rule: RuleNoCertificate, Message: "the agent has no certificate yet: see the signer's log"}
+	}
+
+	// 2. Parse: what is checked is what is signed.
+	action, err := scope.ParseAction(body)
+	if err != nil {
+		return nil, a.refuse(ctx, nil, err, cred)
+	}
+
+	// 3. Check the scope that the certificate has.
+	now := a.now().UTC().Truncate(time.Microsecond)
+	if leaf := cred.chain[0]; now.After(leaf.NotAfter) {
+		return nil, a.refuse(ctx, action, &scope.Refusal{Rule: RuleCertificateExpired, Limit: leaf.NotAfter.UTC().Format(time.RFC3339),
+			Message: "the agent's certificate expired at " + leaf.NotAfter.UTC().Format(time.RFC3339) + ": see the signer's log for why it was not renewed"}, cred)
+	}
+	env := scope.Env{Now: now, AttestedAt: cred.action.Attestation.Time}
+	if env.Reference, err = a.prices.find(action.Instrument()); err != nil {
+		return nil, a.refuse(ctx, action, &scope.Refusal{Rule: scope.RuleReferenceMissing, Message: err.Error()}, cred)
+	}
+	permit, err := scope.Check(cred.scope, action, env)
+	if err != nil {
+		return nil, a.refuse(ctx, action, err, cred)
+	}
+
+	// 4. Record: durable before anything is signed.
+	receipt, err := a.log.Record(ctx, permit, cred.identity)
+	if err != nil {
+		return nil, err
+	}
+	if jws := receipt.Signed(); jws != "" {
+		return &Signed{receipt.ID(), receipt.Counter(), jws}, nil
+	}
+
+	// 5. and 6. Sign the statement, verify, keep, answer.
+	compact, err := a.sign(cred, receipt)
+	if err != nil {
+		return nil, err
+	}
+	if err := a.log.Complete(receipt, compact); err != nil {
+		return nil, err
+	}
+	a.metrics.signed.Inc()
+	return &Signed{receipt.ID(), receipt.Counter(), compact}, nil
+}
+
+// sign is the only use of the key: it signs the statement of an unspent
+// receipt, and releases no signature that does not verify.
+func (a *Agent) sign(cred *credential, receipt *audit.Receipt) (string, error) {
+	statement, err := receipt.Spend()
+	if err != nil {
+		return "", err
+	}
+	if receipt.Repeated() {
+		// It may have been recorded under a certificate that was replaced since.
+		st, err := scope.ParseStatement(statement)
+		if err != nil {
+			return "", err
+		}
+		if [32]byte(st.Decision.Certificate) != cred.identity.Certificate {
+			return "", &scope.Refusal{Rule: RuleUnsigned, Message: "the action was recorded under an earlier certificate and not signed: send it with a new id"}
+		}
+	}
+	input := cred.header.SigningInput(statement)
+	begun := time.Now()
+	signature, err := jws.Sign(a.key, input)
+	a.metrics.device.Observe(time.Since(begun).Seconds())
+	if err != nil {
+		return "", fmt.Errorf("the device did not sign: %w", err)
+	}
+	if err := jws.Verify(cred.chain[0].PublicKey, cred.alg, input, signature); err != nil {
+		return "", fmt.Errorf("the device's signature: %w", err)
+	}
+	return jws.Compact(input, signature), nil
+}
+
+// refuse records a refusal and returns it. If it cannot be recorded, that is
+// the error: the answer is no in any case.
+func (a *Agent) refuse(ctx context.Context, action *scope.Action, cause error, cred *credential) error {
+	r, ok := errors.AsType[*scope.Refusal](cause)
+	if !ok {
+		return cause
+	}
+	a.metrics.refused.WithLabelValues(a.name, string(r.Rule)).Inc()
+	if err := a.log.Refuse(ctx, action, r, cred.identity); err != nil {
+		return err
+	}
+	return r
+}

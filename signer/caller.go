@@ -1,0 +1,150 @@
+package signer
+
+import (
+	"crypto/sha256"
+	"errors"
+	"fmt"
+	"io"
+	"net"
+	"os"
+	"strings"
+	"sync"
+	"syscall"
+
+	"golang.org/x/sys/unix"
+)
+
+// caller is a process as the kernel describes it.
+type caller struct {
+	UID        uint32
+	PID        int32
+	Executable [32]byte // SHA-256 of the file that it runs
+	Unit       string   // systemd unit; empty where there is none
+}
+
+// peer is the process that opened a connection. Its pidfd names that very
+// process for as long as it is open: a number that is used again is not it.
+type peer struct {
+	uid   uint32
+	pid   int32
+	pidfd int
+}
+
+// identify asks the kernel who is at the other end (SO_PEERCRED and, from
+// Linux 6.5 on, SO_PEERPIDFD). Without a pidfd nobody can be identified.
+func identify(c *net.UnixConn) (*peer, error) {
+	raw, err := c.SyscallConn()
+	if err != nil {
+		return nil, err
+	}
+	p := &peer{pidfd: -1}
+	var inner error
+	if err := raw.Control(func(fd uintptr) {
+		cred, err := unix.GetsockoptUcred(int(fd), unix.SOL_SOCKET, unix.SO_PEERCRED)
+		if err != nil {
+			inner = err
+			return
+		}
+		p.uid, p.pid = cred.Uid, cred.Pid
+		p.pidfd, inner = unix.GetsockoptInt(int(fd), unix.SOL_SOCKET, unix.SO_PEERPIDFD)
+	}); err != nil {
+		return nil, err
+	}
+	if inner != nil {
+		return nil, fmt.Errorf("identifying the caller needs Linux 6.5 (SO_PEERPIDFD): %w", inner)
+	}
+	unix.CloseOnExec(p.pidfd)
+	return p, nil
+}
+
+func (p *peer) close() { _ = unix.Close(p.pidfd) }
+
+// alive: the process behind the pidfd still runs, so what /proc says of its
+// number is said of it.
+func (p *peer) alive() bool { return unix.PidfdSendSignal(p.pidfd, 0, nil, 0) == nil }
+
+var errCallerGone = errors.New("the calling process is gone")
+
+// describe says what the process is now: it may have executed something else
+// since it connected, so it is asked at every request.
+func (p *peer) describe(digests *digestCache, wantUnit bool) (*caller, error) {
+	c := &caller{UID: p.uid, PID: p.pid}
+	exe, err := os.Open(fmt.Sprintf("/proc/%d/exe", p.pid)) // the file itself, whatever its path is by now
+	if err != nil {
+		return nil, fmt.Errorf("identifying the caller: %w", err)
+	}
+	defer exe.Close()
+	if c.Executable, err = digests.of(exe); err != nil {
+		return nil, fmt.Errorf("identifying the caller: %w", err)
+	}
+	if wantUnit {
+		b, err := os.ReadFile(fmt.Sprintf("/proc/%d/cgroup", p.pid))
+		if err != nil {
+			return nil, fmt.Errorf("identifying the caller: %w", err)
+		}
+		c.Unit = unitOf(string(b))
+	}
+	if !p.alive() {
+		return nil, errCallerGone
+	}
+	return c, nil
+}
+
+// unitOf finds the innermost unit in /proc/PID/cgroup (cgroup v2: one line "0::/path").
+func unitOf(cgroup string) string {
+	for line := range strings.Lines(cgroup) {
+		path, ok := strings.CutPrefix(strings.TrimSpace(line), "0::")
+		if !ok {
+			continue
+		}
+		parts := strings.Split(path, "/")
+		for i := len(parts) - 1; i >= 0; i-- {
+			if strings.HasSuffix(parts[i], ".service") || strings.HasSuffix(parts[i], ".scope") {
+				return parts[i]
+			}
+		}
+	}
+	return ""
+}
+
+// digestCache remembers digests of executables by what changes when a file does.
+type digestCache struct {
+	mu   sync.Mutex
+	seen map[fileID][32]byte
+}
+
+type fileID struct {
+	dev, ino     uint64
+	size         int64
+	mtime, ctime syscall.Timespec
+}
+
+func (d *digestCache) of(f *os.File) ([32]byte, error) {
+	fi, err := f.Stat()
+	if err != nil {
+		return [32]byte{}, err
+	}
+	st, ok := fi.Sys().(*syscall.Stat_t)
+	if !ok {
+		return [32]byte{}, errors.New("no file status")
+	}
+	id := fileID{st.Dev, st.Ino, st.Size, st.Mtim, st.Ctim}
+	d.mu.Lock()
+	sum, ok := d.seen[id]
+	d.mu.Unlock()
+	if ok {
+		return sum, nil
+	}
+	h := sha256.New()
+	if _, err := io.Copy(h, f); err != nil {
+		return [32]byte{}, err
+	}
+	sum = [32]byte(h.Sum(nil))
+	d.mu.Lock()
+	defer d.mu.Unlock()
+	if d.seen == nil || len(d.seen) > 1024 {
+		d.seen = make(map[fileID][32]byte)
+	}
+	d.seen[id] = sum
+	return sum, nil
+}

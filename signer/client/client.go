@@ -1,0 +1,92 @@
+// Package client asks a signer on this host for signatures: [New] a [Client]
+// for its socket, [Client.Sign] an action.
+package client
+
+import (
+	"bytes"
+	"context"
+	"crypto/rand"
+	"encoding/base64"
+	"fmt"
+	"io"
+	"net"
+	"net/http"
+	"time"
+
+	"inkan/internal/problem"
+	"inkan/internal/strictjson"
+	"inkan/scope"
+)
+
+// maxAnswer bounds an answer of the signer, in bytes.
+const maxAnswer = 1 << 20
+
+// Client asks the signer at a unix socket. It is safe for concurrent use.
+type Client struct{ http *http.Client }
+
+// New returns a client for the signer's socket.
+func New(socket string) *Client {
+	return &Client{&http.Client{Timeout: 2 * time.Minute, Transport: &http.Transport{
+		DialContext: func(ctx context.Context, _, _ string) (net.Conn, error) {
+			return new(net.Dialer).DialContext(ctx, "unix", socket)
+		},
+		MaxIdleConns: 64, MaxIdleConnsPerHost: 64, DisableCompression: true,
+	}}}
+}
+
+// Signed is a signed action.
+type Signed struct {
+	ID      string `json:"id"`
+	Counter uint64 `json:"counter"`
+	JWS     string `json:"jws"`
+}
+
+// NewID returns a fresh action id: 16 random bytes in base64url.
+func NewID() string {
+	var b [16]byte
+	_, _ = rand.Read(b[:]) // it ends the program before it would return an error
+	return base64.RawURLEncoding.EncodeToString(b[:])
+}
+
+// Sign has an action signed. A refusal is a *[problem.Problem] whose Rule
+// names what refused. The same action may be sent again after a failure: its
+// id makes sure that it is recorded once.
+func (c *Client) Sign(ctx context.Context, a *scope.Action) (*Signed, error) {
+	b, err := a.Canonical()
+	if err != nil {
+		return nil, err
+	}
+	return c.SignJSON(ctx, b)
+}
+
+// SignJSON is Sign for an action in JSON, which it does not look into.
+func (c *Client) SignJSON(ctx context.Context, action []byte) (*Signed, error) {
+	var out Signed
+	return &out, c.call(ctx, http.MethodPost, "/v1/actions", action, &out)
+}
+
+// Get asks for a document of the signer, such as /v1/agent, into out.
+func (c *Client) Get(ctx context.Context, path string, out any) error {
+	return c.call(ctx, http.MethodGet, path, nil, out)
+}
+
+func (c *Client) call(ctx context.Context, method, path string, body []byte, out any) error {
+	req, err := http.NewRequestWithContext(ctx, method, "http://signer"+path, bytes.NewReader(body))
+	if err != nil {
+		return err
+	}
+	req.Header.Set("Content-Type", "application/json")
+	res, err := c.http.Do(req)
+	if err != nil {
+		return fmt.Errorf("asking the signer: %w", err)
+	}
+	defer res.Body.Close()
+	b, err := io.ReadAll(io.LimitReader(res.Body, maxAnswer+1))
+	if err != nil {
+		return fmt.Errorf("reading the signer's answer: %w", err)
+	}
+	if res.StatusCode != http.StatusOK {
+		return problem.Parse(res.StatusCode, res.Header.Get("Content-Type"), b)
+	}
+	return strictjson.Unmarshal(b, maxAnswer, out)
+}

@@ -1,0 +1,222 @@
+package signer
+
+import (
+	"crypto/sha256"
+	"encoding/hex"
+	"errors"
+	"fmt"
+	"os"
+	"os/user"
+	"path/filepath"
+	"strconv"
+	"strings"
+	"time"
+
+	"inkan/internal/strictjson"
+)
+
+// maxConfig bounds a configuration file, in bytes.
+const maxConfig = 256 << 10
+
+// Config is a signer's configuration file.
+type Config struct {
+	Socket        string        `json:"socket"`                   // unix socket for agents; systemd may hand over its own
+	SocketMode    string        `json:"socket_mode,omitempty"`    // octal; 0666 by default: callers are authenticated, whoever they are
+	StateDir      string        `json:"state_dir"`                // keys, certificates and records
+	MetricsListen string        `json:"metrics_listen,omitempty"` // host:port; empty: none
+	TPM           string        `json:"tpm"`                      // /dev/tpmrm0, or the socket of a software TPM
+	OwnerAuthFile string        `json:"owner_auth_file,omitempty"`
+	EndorsementF  string        `json:"endorsement_auth_file,omitempty"`
+	Issuer        IssuerConfig  `json:"issuer"`
+	Agents        []AgentConfig `json:"agents"`
+
+	mode os.FileMode
+}
+
+// IssuerConfig says where certificates come from.
+type IssuerConfig struct {
+	URL string `json:"url"` // https, the agents' API
+	CA  string `json:"ca"`  // PEM file with the CA certificate
+}
+
+// AgentConfig is one agent that the signer serves.
+type AgentConfig struct {
+	Name              string         `json:"name"`
+	Callers           []CallerConfig `json:"callers"`
+	StatementLifetime string         `json:"statement_lifetime,omitempty"` // 30s by default, at most 5m
+	ReferencePrices   string         `json:"reference_prices,omitempty"`   // file
+	ReferenceKey      string         `json:"reference_key,omitempty"`      // PEM file: the prices are a JWS by this key
+	MaxConcurrent     int            `json:"max_concurrent,omitzero"`      // requests at a time, 64 by default
+
+	lifetime time.Duration
+}
+
+// CallerConfig is one kind of process that may act as the agent. All members
+// that are given must hold, and at least the user is.
+type CallerConfig struct {
+	User       string `json:"user"`                        // name or number
+	Executable string `json:"executable,omitempty"`        // path of a file, which is hashed at the start
+	SHA256     string `json:"executable_sha256,omitempty"` // of the executable, hex
+	Unit       string `json:"unit,omitempty"`              // systemd unit
+
+	uid    uint32
+	digest *[32]byte
+}
+
+// ParseConfig reads a configuration file, strictly. Relative paths are below dir.
+func ParseConfig(b []byte, dir string) (*Config, error) {
+	var c Config
+	if err := strictjson.UnmarshalYAML(b, maxConfig, &c); err != nil {
+		return nil, fmt.Errorf("signer configuration: %w", err)
+	}
+	if err := c.validate(dir); err != nil {
+		return nil, fmt.Errorf("signer configuration: %w", err)
+	}
+	return &c, nil
+}
+
+func (c *Config) validate(dir string) error {
+	below := func(p *string) {
+		if *p != "" && !filepath.IsAbs(*p) {
+			*p = filepath.Join(dir, *p)
+		}
+	}
+	for name, v := range map[string]string{"socket": c.Socket, "state_dir": c.StateDir, "tpm": c.TPM, "issuer.url": c.Issuer.URL, "issuer.ca": c.Issuer.CA} {
+		if v == "" {
+			return fmt.Errorf("%s is missing", name)
+		}
+	}
+	for _, p := range []*string{&c.Socket, &c.StateDir, &c.TPM, &c.Issuer.CA, &c.OwnerAuthFile, &c.EndorsementF} {
+		below(p)
+	}
+	c.mode = 0o666
+	if c.SocketMode != "" {
+		m, err := strconv.ParseUint(c.SocketMode, 8, 9)
+		if err != nil {
+			return fmt.Errorf("socket_mode %.16q: octal permissions such as \"0660\" are expected", c.SocketMode)
+		}
+		c.mode = os.FileMode(m)
+	}
+	if len(c.Agents) == 0 {
+		return errors.New("agents is empty")
+	}
+	seen := make(map[string]bool)
+	for i := range c.Agents {
+		a := &c.Agents[i]
+		if seen[a.Name] {
+			return fmt.Errorf("agent %s stands twice", a.Name)
+		}
+		seen[a.Name] = true
+		below(&a.ReferencePrices)
+		below(&a.ReferenceKey)
+		if err := a.validate(below); err != nil {
+			return fmt.Errorf("agent %.80q: %w", a.Name, err)
+		}
+	}
+	return c.disjoint()
+}
+
+func (a *AgentConfig) validate(below func(*string)) error {
+	if a.Name == "" || len(a.Name) > 63 || strings.Trim(a.Name, "abcdefghijklmnopqrstuvwxyz0123456789-") != "" {
+		return errors.New("name: 1 to 63 lower-case letters, digits and dashes are expected")
+	}
+	a.lifetime = 30 * time.Second
+	if a.StatementLifetime != "" {
+		d, err := time.ParseDuration(a.StatementLifetime)
+		if err != nil || d < time.Second || d > 5*time.Minute {
+			return fmt.Errorf("statement_lifetime %.16q: 1s to 5m is expected", a.StatementLifetime)
+		}
+		a.lifetime = d
+	}
+	if a.MaxConcurrent == 0 {
+		a.MaxConcurrent = 64
+	}
+	if a.MaxConcurrent < 1 || a.MaxConcurrent > 4096 {
+		return fmt.Errorf("max_concurrent %d: 1 to 4096 is expected", a.MaxConcurrent)
+	}
+	if a.ReferenceKey != "" && a.ReferencePrices == "" {
+		return errors.New("reference_key is set, but reference_prices is not")
+	}
+	if len(a.Callers) == 0 {
+		return errors.New("callers is empty, so nobody could act as it")
+	}
+	for i := range a.Callers {
+		c := &a.Callers[i]
+		below(&c.Executable)
+		if err := c.validate(); err != nil {
+			return fmt.Errorf("caller %d: %w", i+1, err)
+		}
+	}
+	return nil
+}
+
+func (c *CallerConfig) validate() error {
+	if c.User == "" {
+		return errors.New("user is missing")
+	}
+	if n, err := strconv.ParseUint(c.User, 10, 32); err == nil {
+		c.uid = uint32(n)
+	} else {
+		u, err := user.Lookup(c.User)
+		if err != nil {
+			return fmt.Errorf("user %.64q: %w", c.User, err)
+		}
+		n, err := strconv.ParseUint(u.Uid, 10, 32)
+		if err != nil {
+			return fmt.Errorf("user %s: uid %s", c.User, u.Uid)
+		}
+		c.uid = uint32(n)
+	}
+	switch {
+	case c.Executable != "" && c.SHA256 != "":
+		return errors.New("give executable or executable_sha256, not both")
+	case c.Executable != "":
+		b, err := os.ReadFile(c.Executable)
+		if err != nil {
+			return fmt.Errorf("executable: %w", err)
+		}
+		sum := sha256.Sum256(b)
+		c.digest = &sum
+	case c.SHA256 != "":
+		b, err := hex.DecodeString(c.SHA256)
+		if err != nil || len(b) != 32 {
+			return errors.New("executable_sha256: 32 bytes in hex are expected")
+		}
+		c.digest = (*[32]byte)(b)
+	}
+	if c.Unit != "" && !strings.HasSuffix(c.Unit, ".service") && !strings.HasSuffix(c.Unit, ".scope") {
+		return fmt.Errorf("unit %.64q: a name that ends in .service or .scope is expected", c.Unit)
+	}
+	return nil
+}
+
+// disjoint makes sure that no process could be two agents.
+func (c *Config) disjoint() error {
+	for i, a := range c.Agents {
+		for _, b := range c.Agents[:i] {
+			for _, x := range a.Callers {
+				for _, y := range b.Callers {
+					differ := x.uid != y.uid ||
+						x.digest != nil && y.digest != nil && *x.digest != *y.digest ||
+						x.Unit != "" && y.Unit != "" && x.Unit != y.Unit
+					if !differ {
+						return fmt.Errorf("agents %s and %s: one process could be both: tell their callers apart by user, executable or unit", b.Name, a.Name)
+					}
+				}
+			}
+		}
+	}
+	return nil
+}
+
+// AgentFor returns the one agent that a caller may act as.
+func (c *Config) agentFor(who *caller) (string, bool) {
+	for _, a := range c.Agents {
+		for _, x := range a.Callers {
+			if who.UID == x.uid && (x.digest == nil || *x.digest == who.Executable) && (x.Unit == "" || x.Unit == who.Unit) {
+				return a.Name, true
+			}
+		}
+	}
+	return "", false
+}

@@ -1,0 +1,56 @@
+package signer
+
+import (
+	"net/http"
+
+	"github.com/prometheus/client_golang/prometheus"
+	"github.com/prometheus/client_golang/prometheus/promhttp"
+)
+
+// metrics of a signer; docs/signer.md lists them.
+type metrics struct {
+	registry *prometheus.Registry
+	signed   *prometheus.CounterVec
+	refused  *prometheus.CounterVec
+	device   *prometheus.HistogramVec
+	action   prometheus.Histogram
+	notAfter *prometheus.GaugeVec
+	callers  prometheus.Counter
+	renewals *prometheus.CounterVec
+}
+
+// agentMetrics are those of one agent.
+type agentMetrics struct {
+	signed   prometheus.Counter
+	refused  *prometheus.CounterVec
+	device   prometheus.Observer
+	notAfter prometheus.Gauge
+}
+
+func newMetrics() *metrics {
+	agent := []string{"agent"}
+	buckets := prometheus.ExponentialBuckets(0.0001, 2, 16)
+	m := &metrics{
+		registry: prometheus.NewRegistry(),
+		signed:   prometheus.NewCounterVec(prometheus.CounterOpts{Name: "inkan_signer_signed_total", Help: "actions that were signed"}, agent),
+		refused:  prometheus.NewCounterVec(prometheus.CounterOpts{Name: "inkan_signer_refused_total", Help: "actions that were refused, by rule"}, []string{"agent", "rule"}),
+		device:   prometheus.NewHistogramVec(prometheus.HistogramOpts{Name: "inkan_signer_device_seconds", Help: "one signature of the device, waiting for it included", Buckets: buckets}, agent),
+		action:   prometheus.NewHistogram(prometheus.HistogramOpts{Name: "inkan_signer_action_seconds", Help: "one request to sign, whatever its answer", Buckets: buckets}),
+		notAfter: prometheus.NewGaugeVec(prometheus.GaugeOpts{Name: "inkan_signer_certificate_not_after_seconds", Help: "end of the agent's certificate, in seconds since 1970"}, agent),
+		callers:  prometheus.NewCounter(prometheus.CounterOpts{Name: "inkan_signer_unknown_callers_total", Help: "requests of processes that are no agent"}),
+		renewals: prometheus.NewCounterVec(prometheus.CounterOpts{Name: "inkan_signer_renewals_total", Help: "renewals of certificates, by outcome"}, []string{"agent", "outcome"}),
+	}
+	m.registry.MustRegister(m.signed, m.refused, m.device, m.action, m.notAfter, m.callers, m.renewals)
+	return m
+}
+
+func (m *metrics) agent(name string) *agentMetrics {
+	return &agentMetrics{m.signed.WithLabelValues(name), m.refused, m.device.WithLabelValues(name), m.notAfter.WithLabelValues(name)}
+}
+
+func (m *metrics) handler() http.Handler {
+	mux := http.NewServeMux()
+	mux.Handle("GET /metrics", promhttp.HandlerFor(m.registry, promhttp.HandlerOpts{}))
+	mux.HandleFunc("GET /healthz", func(w http.ResponseWriter, _ *http.Request) { _, _ = w.Write([]byte("ok\n")) })
+	return mux
+}

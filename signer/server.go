@@ -1,0 +1,311 @@
+package signer
+
+import (
+	"context"
+	_ "embed"
+	"encoding/base64"
+	"encoding/pem"
+	"errors"
+	"fmt"
+	"io"
+	"io/fs"
+	"log/slog"
+	"net"
+	"net/http"
+	"os"
+	"path/filepath"
+	"strings"
+	"sync"
+	"time"
+
+	"github.com/coreos/go-systemd/v22/activation"
+	"github.com/coreos/go-systemd/v22/daemon"
+
+	"inkan/audit"
+	"inkan/internal/problem"
+	"inkan/scope"
+)
+
+//go:embed openapi.json
+var openAPI []byte
+
+type peerKey struct{}
+
+// Serve serves the agents' socket until ctx ends, then finishes what is under
+// way. ready is called when the socket is open.
+func (s *Signer) Serve(ctx context.Context, ready func()) error {
+	l, err := s.listen()
+	if err != nil {
+		return err
+	}
+	server := &http.Server{
+		Handler: s.handler(), ReadHeaderTimeout: 10 * time.Second, ReadTimeout: 30 * time.Second, WriteTimeout: 60 * time.Second, IdleTimeout: 10 * time.Minute, MaxHeaderBytes: 16 << 10,
+		ConnContext: func(ctx context.Context, c net.Conn) context.Context {
+			return context.WithValue(ctx, peerKey{}, c.(*callerConn).peer)
+		},
+	}
+	renewals, stopRenewals := context.WithCancel(ctx)
+	defer stopRenewals()
+	renewed := make(chan struct{})
+	go func() { s.renewAll(renewals); close(renewed) }()
+
+	errs := make(chan error, 2)
+	servers := []*http.Server{server}
+	if s.config.MetricsListen != "" {
+		m := &http.Server{Handler: s.metrics.handler(), ReadHeaderTimeout: 10 * time.Second}
+		ml, err := net.Listen("tcp", s.config.MetricsListen)
+		if err != nil {
+			return errors.Join(fmt.Errorf("metrics_listen: %w", err), l.Close())
+		}
+		servers = append(servers, m)
+		go func() { errs <- m.Serve(ml) }()
+	}
+	go func() { errs <- server.Serve(&callerListener{l, s.log}) }()
+	ready()
+	notify(daemon.SdNotifyReady)
+	select {
+	case <-ctx.Done():
+	case err = <-errs:
+	}
+	notify(daemon.SdNotifyStopping)
+	stopRenewals()
+	<-renewed
+	stop, cancel := context.WithTimeout(context.WithoutCancel(ctx), 10*time.Second)
+	defer cancel()
+	for _, x := range servers {
+		err = errors.Join(err, x.Shutdown(stop))
+	}
+	return err
+}
+
+// notify tells systemd; without systemd there is nobody to tell.
+func notify(state string) { _, _ = daemon.SdNotify(false, state) }
+
+// callerListener identifies who opens a connection.
+type callerListener struct {
+	net.Listener
+	log *slog.Logger
+}
+
+// callerConn is a connection of an identified process; peer is nil if it could
+// not be identified. The pidfd lives as long as the connection.
+type callerConn struct {
+	net.Conn
+	peer *peer
+	once sync.Once
+}
+
+func (l *callerListener) Accept() (net.Conn, error) {
+	c, err := l.Listener.Accept()
+	if err != nil {
+		return nil, err
+	}
+	p, err := identify(c.(*net.UnixConn))
+	if err != nil {
+		l.log.Error("a caller could not be identified", "error", err)
+	}
+	return &callerConn{Conn: c, peer: p}, nil
+}
+
+func (c *callerConn) Close() error {
+	err := c.Conn.Close()
+	c.once.Do(func() {
+		if c.peer != nil {
+			c.peer.close()
+		}
+	})
+	return err
+}
+
+// listen opens the socket, or takes the one that systemd has opened.
+func (s *Signer) listen() (net.Listener, error) {
+	given, err := activation.Listeners()
+	if err != nil {
+		return nil, fmt.Errorf("socket activation: %w", err)
+	}
+	if len(given) > 0 {
+		if l, ok := given[0].(*net.UnixListener); ok && len(given) == 1 {
+			return l, nil
+		}
+		return nil, errors.New("socket activation: exactly one unix socket is expected")
+	}
+	path := s.config.Socket
+	if err := os.MkdirAll(filepath.Dir(path), 0o755); err != nil {
+		return nil, err
+	}
+	// A socket that is left over from a crash is removed; one that answers is not.
+	if fi, err := os.Lstat(path); err == nil {
+		if fi.Mode()&fs.ModeSocket == 0 {
+			return nil, fmt.Errorf("%s exists and is not a socket", path)
+		}
+		if c, err := net.DialTimeout("unix", path, time.Second); err == nil {
+			_ = c.Close()
+			return nil, fmt.Errorf("%s: another signer is listening", path)
+		}
+		if err := os.Remove(path); err != nil {
+			return nil, err
+		}
+	}
+	l, err := net.Listen("unix", path)
+	if err != nil {
+		return nil, err
+	}
+	if err := os.Chmod(path, s.config.mode); err != nil {
+		return nil, errors.Join(err, l.Close())
+	}
+	return l, nil
+}
+
+// AgentInfo is what an agent can ask about itself.
+type AgentInfo struct {
+	Name        string    `json:"name"`
+	ID          string    `json:"id"`          // SPIFFE ID
+	Certificate string    `json:"certificate"` // PEM, leaf first
+	NotAfter    time.Time `json:"not_after"`
+	Scope       string    `json:"scope"`       // canonical JSON
+	Description []string  `json:"description"` // of the scope, in words
+	Entries     uint64    `json:"entries"`     // in the record
+}
+
+// Receipt is what an agent can ask about an action.
+type Receipt struct {
+	ID        string `json:"id"`
+	Counter   uint64 `json:"counter"`
+	Statement []byte `json:"statement"` // base64 of the exact bytes
+	JWS       string `json:"jws,omitempty"`
+}
+
+func (s *Signer) handler() http.Handler {
+	mux := http.NewServeMux()
+	mux.HandleFunc("POST /v1/actions", s.as(s.act))
+	mux.HandleFunc("GET /v1/agent", s.as(func(w http.ResponseWriter, _ *http.Request, a *Agent) {
+		c := a.current.Load()
+		if c == nil {
+			s.fail(w, &scope.Refusal{Rule: RuleNoCertificate, Message: "the agent has no certificate yet"})
+			return
+		}
+		var text strings.Builder
+		for _, crt := range c.chain {
+			_ = pem.Encode(&text, &pem.Block{Type: "CERTIFICATE", Bytes: crt.Raw}) // a Builder takes everything
+		}
+		problem.JSON(w, http.StatusOK, AgentInfo{Name: a.name, ID: c.action.Agent, Certificate: text.String(), NotAfter: c.chain[0].NotAfter.UTC(),
+			Scope: string(c.scope.Canonical()), Description: c.scope.Describe(), Entries: a.log.Head().Size})
+	}))
+	mux.HandleFunc("GET /v1/receipts/{id}", s.as(func(w http.ResponseWriter, r *http.Request, a *Agent) {
+		id := r.PathValue("id")
+		if b, err := base64.RawURLEncoding.DecodeString(id); err != nil || len(b) != 16 {
+			problem.Write(w, problem.Problem{Status: http.StatusBadRequest, Detail: "an action id is expected"})
+			return
+		}
+		e, err := a.log.Lookup(r.Context(), id)
+		switch {
+		case err != nil:
+			s.fail(w, err)
+		case e == nil:
+			problem.Write(w, problem.Problem{Status: http.StatusNotFound, Detail: "no action with this id is in the record"})
+		default:
+			problem.JSON(w, http.StatusOK, Receipt{ID: id, Counter: e.Counter, Statement: e.Statement, JWS: e.JWS})
+		}
+	}))
+	mux.HandleFunc("GET /openapi.json", func(w http.ResponseWriter, _ *http.Request) {
+		w.Header().Set("Content-Type", "application/json")
+		_, _ = w.Write(openAPI) // the client may be gone
+	})
+	mux.HandleFunc("GET /healthz", func(w http.ResponseWriter, _ *http.Request) {
+		for _, a := range s.agents {
+			if err := a.log.Err(); err != nil {
+				problem.Write(w, problem.Problem{Status: http.StatusServiceUnavailable, Detail: err.Error()})
+				return
+			}
+		}
+		_, _ = w.Write([]byte("ok\n")) // the client may be gone
+	})
+	return mux
+}
+
+// as authenticates the caller (step 1) and hands on the one agent that it is.
+func (s *Signer) as(f func(http.ResponseWriter, *http.Request, *Agent)) http.HandlerFunc {
+	return func(w http.ResponseWriter, r *http.Request) {
+		defer func() {
+			if p := recover(); p != nil {
+				s.fail(w, fmt.Errorf("panic: %v", p))
+			}
+		}()
+		p, _ := r.Context().Value(peerKey{}).(*peer)
+		if p == nil {
+			s.unknown(w, r, "its process could not be identified", nil)
+			return
+		}
+		who, err := p.describe(&s.digests, s.units)
+		if err != nil {
+			s.unknown(w, r, err.Error(), nil)
+			return
+		}
+		name, ok := s.config.agentFor(who)
+		if !ok {
+			s.unknown(w, r, "no agent's callers include it", who)
+			return
+		}
+		f(w, r, s.agents[name])
+	}
+}
+
+func (s *Signer) unknown(w http.ResponseWriter, r *http.Request, why string, who *caller) {
+	s.metrics.callers.Inc()
+	detail := "the calling process may not act as any agent: " + why
+	if who != nil {
+		// The caller knows all of this of itself; an operator needs it to configure.
+		detail = fmt.Sprintf("%s (uid %d, executable %x, unit %q)", detail, who.UID, who.Executable, who.Unit)
+	}
+	s.log.WarnContext(r.Context(), "unknown caller", "detail", detail)
+	problem.Write(w, problem.Problem{Status: http.StatusForbidden, Title: "unknown caller", Rule: string(RuleCaller), Detail: detail})
+}
+
+func (s *Signer) act(w http.ResponseWriter, r *http.Request, a *Agent) {
+	begun := time.Now()
+	defer func() { s.metrics.action.Observe(time.Since(begun).Seconds()) }()
+	select {
+	case a.busy <- struct{}{}:
+		defer func() { <-a.busy }()
+	default:
+		w.Header().Set("Retry-After", "1")
+		problem.Write(w, problem.Problem{Status: http.StatusTooManyRequests, Detail: fmt.Sprintf("more than %d requests at a time", cap(a.busy))})
+		return
+	}
+	body, err := io.ReadAll(io.LimitReader(r.Body, scope.MaxAction+1))
+	if err != nil {
+		problem.Write(w, problem.Problem{Status: http.StatusBadRequest, Detail: "the request's body could not be read"})
+		return
+	}
+	signed, err := a.Act(r.Context(), body)
+	if err != nil {
+		s.fail(w, err)
+		return
+	}
+	problem.JSON(w, http.StatusOK, signed)
+}
+
+// fail answers with a refusal or an error.
+func (s *Signer) fail(w http.ResponseWriter, err error) {
+	if r, ok := errors.AsType[*scope.Refusal](err); ok {
+		status := http.StatusForbidden
+		switch r.Rule {
+		case scope.RuleForm:
+			status = http.StatusBadRequest
+		case RuleNoCertificate:
+			status = http.StatusServiceUnavailable
+		}
+		problem.Write(w, problem.Problem{Status: status, Title: "action refused", Detail: r.Message, Rule: string(r.Rule), Field: r.Field, Value: r.Value, Limit: r.Limit, Excess: r.Excess})
+		return
+	}
+	if errors.Is(err, audit.ErrConflict) {
+		problem.Write(w, problem.Problem{Status: http.StatusConflict, Title: "action id used before", Detail: audit.ErrConflict.Error()})
+		return
+	}
+	s.log.Error("request failed", "error", err)
+	detail := "the signer could not do it; its log says why"
+	if errors.Is(err, audit.ErrFailed) {
+		detail = audit.ErrFailed.Error()
+	}
+	problem.Write(w, problem.Problem{Status: http.StatusServiceUnavailable, Detail: detail})
+}

@@ -1,0 +1,165 @@
+// Package signer signs the actions of agents that run on this host: [Open] a
+// [Signer] from its configuration and the agents' keys, [Signer.Serve] its
+// socket. Each request takes the numbered steps of docs/design.md:
+//
+//  1. authenticate the calling process, which maps to one agent
+//  2. parse the action
+//  3. check it against the scope in the agent's certificate
+//  4. record it, durably
+//  5. sign the recorded statement
+//  6. verify, keep and return the signature
+package signer
+
+import (
+	"context"
+	"crypto"
+	"crypto/x509"
+	"errors"
+	"fmt"
+	"log/slog"
+	"math/rand/v2"
+	"os"
+	"path/filepath"
+	"sync"
+	"time"
+
+	"inkan/audit"
+)
+
+// Credentials are an agent's key and its certificate chain, leaf first.
+type Credentials struct {
+	Key   crypto.Signer
+	Chain []*x509.Certificate // empty: there is none yet
+}
+
+// Renewer gets agents certificates. Renew returns a fresh chain for the
+// agent's key and when to ask again.
+type Renewer interface {
+	Renew(ctx context.Context, agent string) (chain []*x509.Certificate, again time.Time, err error)
+}
+
+// Signer serves agents. It is safe for concurrent use.
+type Signer struct {
+	config  *Config
+	agents  map[string]*Agent
+	renewer Renewer
+	log     *slog.Logger
+	metrics *metrics
+	digests digestCache
+	units   bool // some caller is told by its unit
+}
+
+// Open opens the agents' records. credentials has an entry for each agent. A
+// nil renewer leaves certificates as they are. Close it.
+func Open(ctx context.Context, c *Config, credentials map[string]Credentials, renewer Renewer, log *slog.Logger) (_ *Signer, err error) {
+	s := &Signer{config: c, agents: make(map[string]*Agent), renewer: renewer, log: log, metrics: newMetrics()}
+	defer func() {
+		if err != nil {
+			err = errors.Join(err, s.Close())
+		}
+	}()
+	for _, ac := range c.Agents {
+		cred := credentials[ac.Name]
+		if cred.Key == nil {
+			return nil, fmt.Errorf("agent %s has no key", ac.Name)
+		}
+		dir := AgentDir(c.StateDir, ac.Name)
+		if err := os.MkdirAll(dir, 0o700); err != nil {
+			return nil, err
+		}
+		a := &Agent{name: ac.Name, key: cred.Key, lifetime: ac.lifetime, busy: make(chan struct{}, ac.MaxConcurrent), now: time.Now, metrics: s.metrics.agent(ac.Name)}
+		if a.prices, err = openPrices(ac.ReferencePrices, ac.ReferenceKey); err != nil {
+			return nil, fmt.Errorf("agent %s: %w", ac.Name, err)
+		}
+		if a.log, err = audit.Open(ctx, filepath.Join(dir, LogFile), audit.Options{}); err != nil {
+			return nil, err
+		}
+		s.agents[ac.Name] = a
+		if len(cred.Chain) > 0 {
+			if err := a.SetChain(ctx, cred.Chain); err != nil {
+				return nil, err
+			}
+		}
+		for _, x := range ac.Callers {
+			s.units = s.units || x.Unit != ""
+		}
+	}
+	return s, nil
+}
+
+// Close closes the records after what is under way has been written.
+func (s *Signer) Close() error {
+	var errs []error
+	for _, a := range s.agents {
+		errs = append(errs, a.log.Close())
+	}
+	return errors.Join(errs...)
+}
+
+// Agent returns an agent by its name, or nil.
+func (s *Signer) Agent(name string) *Agent { return s.agents[name] }
+
+// Waits of the renewal loop.
+const (
+	firstRetry = 5 * time.Second
+	lastRetry  = 5 * time.Minute
+)
+
+// renewAll keeps every agent's certificate fresh until ctx ends.
+func (s *Signer) renewAll(ctx context.Context) {
+	if s.renewer == nil {
+		return
+	}
+	var wg sync.WaitGroup
+	for _, a := range s.agents {
+		wg.Go(func() { s.renew(ctx, a) })
+	}
+	wg.Wait()
+}
+
+func (s *Signer) renew(ctx context.Context, a *Agent) {
+	wait := a.untilRenewal()
+	retry := firstRetry
+	for {
+		select {
+		case <-ctx.Done():
+			return
+		case <-time.After(wait):
+		}
+		chain, again, err := s.renewer.Renew(ctx, a.name)
+		if err == nil {
+			err = a.SetChain(ctx, chain)
+		}
+		if err != nil {
+			if ctx.Err() != nil {
+				return
+			}
+			s.metrics.renewals.WithLabelValues(a.name, "failed").Inc()
+			s.log.ErrorContext(ctx, "renewal failed", "agent", a.name, "error", err, "retry", retry.String())
+			wait, retry = retry, min(2*retry, lastRetry)
+			continue
+		}
+		s.metrics.renewals.WithLabelValues(a.name, "done").Inc()
+		s.log.InfoContext(ctx, "certificate renewed", "agent", a.name, "not_after", chain[0].NotAfter)
+		retry = firstRetry
+		wait = jittered(time.Until(again))
+	}
+}
+
+// untilRenewal is two thirds of the certificate's life, or nothing if there is none.
+func (a *Agent) untilRenewal() time.Duration {
+	c := a.current.Load()
+	if c == nil {
+		return 0
+	}
+	leaf := c.chain[0]
+	return jittered(time.Until(leaf.NotBefore.Add(leaf.NotAfter.Sub(leaf.NotBefore) * 2 / 3)))
+}
+
+// jittered spreads the renewals of many hosts: up to a tenth earlier.
+func jittered(d time.Duration) time.Duration {
+	if d <= 0 {
+		return 0
+	}
+	return d - rand.N(d/10+1)
+}
