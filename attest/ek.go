@@ -93,7 +93,7 @@ func VerifyEK(h *Hello, o EKOptions) (*Endorsement, error) {
 	if len(h.EKCertificate) == 0 {
 		return nil, refuse("E11", "there is no EK certificate: pin the EK by its SHA-256 %x if the device has none", e.spki)
 	}
-	cert, err := cutCertificate(h.EKCertificate)
+	cert, err := CutCertificate(h.EKCertificate)
 	if err != nil {
 		return nil, err
 	}
@@ -110,9 +110,9 @@ func VerifyEK(h *Hello, o EKOptions) (*Endorsement, error) {
 	return e, nil
 }
 
-// cutCertificate takes the certificate at the start of an NV index, whose end
+// CutCertificate takes the certificate at the start of an NV index, whose end
 // may be padding of 0x00 or 0xff (E1).
-func cutCertificate(nv []byte) (*x509.Certificate, error) {
+func CutCertificate(nv []byte) (*x509.Certificate, error) {
 	if len(nv) > maxCertificate {
 		return nil, refuse("E1", "the EK certificate has %d bytes, at most %d are expected", len(nv), maxCertificate)
 	}
@@ -315,7 +315,7 @@ func checkEKChain(c *x509.Certificate, fromNV [][]byte, o EKOptions) error {
 		pool.AddCert(i)
 	}
 	for _, der := range fromNV {
-		i, err := cutCertificate(der)
+		i, err := CutCertificate(der)
 		if err != nil {
 			return refuse("E2", "intermediate certificate: %v", err)
 		}

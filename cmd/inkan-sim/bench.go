@@ -1,0 +1,15 @@
+package main
+
+import (
+	"context"
+	"errors"
+	"io"
+	"time"
+)
+
+func runBench(ctx context.Context, out io.Writer, inkan string, d time.Duration, asJSON bool) error {
+	return errors.ErrUnsupported
+}
+func runCrash(ctx context.Context, out io.Writer, inkan string, orders, clients, kills int, asJSON bool) error {
+	return errors.ErrUnsupported
+}

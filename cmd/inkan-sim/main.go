@@ -1,0 +1,82 @@
+// Command inkan-sim keeps software devices up for test runs, and runs the
+// demo, the benchmarks and the crash test. It is not for production: it is the
+// only command that links the simulator.
+package main
+
+import (
+	"context"
+	"encoding/json"
+	"fmt"
+	"io"
+	"os"
+	"os/signal"
+	"syscall"
+	"time"
+
+	"github.com/urfave/cli/v2"
+
+	"inkan/simulator"
+)
+
+func main() {
+	ctx, stop := signal.NotifyContext(context.Background(), os.Interrupt, syscall.SIGTERM)
+	err := newApp(os.Stdout, os.Stderr).RunContext(ctx, os.Args)
+	stop()
+	if err != nil {
+		fmt.Fprintf(os.Stderr, "inkan-sim: %v\n", err)
+		os.Exit(1)
+	}
+}
+
+func newApp(stdout, stderr io.Writer) *cli.App {
+	inkan := &cli.StringFlag{Name: "inkan", Value: "inkan", Usage: "the command under test: `FILE`"}
+	asJSON := &cli.BoolFlag{Name: "json", Usage: "print the result as one JSON document"}
+	dir := &cli.StringFlag{Name: "dir", Usage: "`DIRECTORY` for state; it is kept", Required: true}
+	app := &cli.App{
+		Name: "inkan-sim", Usage: "software devices for test runs; not for production",
+		Writer: stdout, ErrWriter: stderr, HideHelpCommand: true, ExitErrHandler: func(*cli.Context, error) {},
+		Commands: []*cli.Command{
+			{Name: "tpm", Usage: "keep a software TPM up until interrupted; print where it is as JSON", Flags: []cli.Flag{dir}, Action: func(c *cli.Context) error { return runTPM(c.Context, stdout, c.String("dir")) }},
+			{Name: "softhsm", Usage: "make a SoftHSM token; print where it is as JSON", Flags: []cli.Flag{dir}, Action: func(c *cli.Context) error {
+				s, err := simulator.NewSoftHSM(c.Context, c.String("dir"))
+				if err != nil {
+					return err
+				}
+				return printJSON(stdout, map[string]string{"module": s.Module, "config": s.Config, "label": s.Label, "pin_file": s.PINFile})
+			}},
+			{Name: "demo", Usage: "from a bare host to a verified order, then attacks", Flags: []cli.Flag{inkan, asJSON}, Action: func(c *cli.Context) error {
+				return runDemo(c.Context, stdout, c.String("inkan"), c.Bool("json"))
+			}},
+			{Name: "bench", Usage: "speed beside the raw device and the standard library", Flags: []cli.Flag{inkan, asJSON, &cli.DurationFlag{Name: "time", Value: 3 * time.Second, Usage: "`DURATION` of each measurement"}}, Action: func(c *cli.Context) error {
+				return runBench(c.Context, stdout, c.String("inkan"), c.Duration("time"), c.Bool("json"))
+			}},
+			{Name: "crash", Usage: "orders from many clients while the signer is killed again and again", Flags: []cli.Flag{inkan, asJSON,
+				&cli.IntFlag{Name: "orders", Value: 2000, Usage: "`COUNT`"}, &cli.IntFlag{Name: "clients", Value: 16, Usage: "`COUNT`"}, &cli.IntFlag{Name: "kills", Value: 5, Usage: "`COUNT`"}},
+				Action: func(c *cli.Context) error {
+					return runCrash(c.Context, stdout, c.String("inkan"), c.Int("orders"), c.Int("clients"), c.Int("kills"), c.Bool("json"))
+				}},
+		},
+	}
+	return app
+}
+
+func printJSON(w io.Writer, v any) error {
+	b, err := json.Marshal(v)
+	if err != nil {
+		return err
+	}
+	_, err = fmt.Fprintf(w, "%s\n", b)
+	return err
+}
+
+func runTPM(ctx context.Context, stdout io.Writer, dir string) error {
+	t, err := simulator.StartTPM(ctx, dir)
+	if err != nil {
+		return err
+	}
+	if err := printJSON(stdout, map[string]any{"address": t.Address, "ek_roots": t.RootsFile(), "ek_intermediates": t.IntermediatesFile(), "pid": t.PID()}); err != nil {
+		return err
+	}
+	<-ctx.Done()
+	return t.Close()
+}

@@ -1,0 +1,82 @@
+package main
+
+import (
+	"context"
+	"errors"
+	"io"
+	"strings"
+
+	"inkan/signer/client"
+)
+
+func runDemo(ctx context.Context, out io.Writer, inkan string, asJSON bool) (err error) {
+	w, err := newWorld(out, inkan, asJSON)
+	if err != nil {
+		return err
+	}
+	defer w.end()
+	for _, step := range []func(context.Context) error{w.bringUp, w.trade} {
+		if err := step(ctx); err != nil {
+			return err
+		}
+	}
+	return w.finish()
+}
+
+func (w *world) bringUp(ctx context.Context) error {
+	w.title("1. A host with a TPM (here swtpm; on a server /dev/tpmrm0)")
+	if err := w.startTPM(ctx); err != nil {
+		return err
+	}
+	w.title("2. An issuer, with its own CA and policy key")
+	if err := w.startIssuer(ctx); err != nil {
+		return err
+	}
+	w.title("3. The inventory: the device, the state it must be in, the agent and its scope")
+	if err := w.inventory(ctx); err != nil {
+		return err
+	}
+	w.title("4. The signer makes its keys in the TPM, and has them certified after attestation")
+	if err := w.signerConfig(map[string]string{"mm-07": w.inkan}); err != nil {
+		return err
+	}
+	out, err := w.run(ctx, "signer", "enrol", "--config", w.path("signer.yaml"))
+	if err != nil {
+		return err
+	}
+	w.say("   %s", strings.TrimSpace(out))
+	return w.startSigner()
+}
+
+func (w *world) trade(ctx context.Context) error {
+	w.title("5. The agent has an order signed, and the venue verifies it")
+	if err := w.write("order.json", order(client.NewID())); err != nil {
+		return err
+	}
+	jws, err := w.run(ctx, "sign", "--socket", w.socket(), "--action", w.path("order.json"))
+	if err != nil {
+		return err
+	}
+	if err := w.write("order.jws", jws); err != nil {
+		return err
+	}
+	out, err := w.run(ctx, w.verifyArgs("order.jws", "--replay-db", w.path("venue.db"))...)
+	if err != nil {
+		return err
+	}
+	w.say("   %s", strings.ReplaceAll(strings.TrimSpace(out), "\n", "\n   "))
+	out, err = w.run(ctx, "audit", "verify", "--log", w.path("state", "mm-07", "log.db"), "--ca", w.path("issuer", "ca.pem"))
+	if err != nil {
+		return err
+	}
+	first, _, _ := strings.Cut(out, "\n")
+	w.say("   %s", first)
+	if !strings.Contains(first, "verifies: 1 entries") {
+		return errors.New("the record does not have the one order")
+	}
+	return nil
+}
+
+func (w *world) verifyArgs(jws string, more ...string) []string {
+	return append([]string{"verify", "--ca", w.path("issuer", "ca.pem"), "--audience", "XPAR", "--crl-url", "http://" + w.addresses.Public + "/crl", "--jws", w.path(jws)}, more...)
+}

@@ -1,0 +1,252 @@
+package main
+
+import (
+	"context"
+	"crypto/ecdsa"
+	"crypto/x509"
+	"errors"
+	"fmt"
+	"os"
+	"path/filepath"
+	"strings"
+	"time"
+
+	"github.com/urfave/cli/v2"
+
+	"inkan/attest"
+	"inkan/internal/attester"
+	"inkan/signer"
+	"inkan/signer/client"
+	"inkan/tpm"
+)
+
+func signerCommand(e *env) *cli.Command {
+	config := func(more ...cli.Flag) []cli.Flag {
+		return append([]cli.Flag{&cli.StringFlag{Name: "config", Value: "/etc/inkan/signer.yaml", Usage: "configuration `FILE`"}}, more...)
+	}
+	return &cli.Command{
+		Name:  "signer",
+		Usage: "sign the actions of agents on this host",
+		Subcommands: []*cli.Command{
+			{Name: "enrol", Usage: "make the agents' keys in the TPM and have them certified", Flags: config(jsonFlag(), &cli.StringFlag{Name: "agent", Usage: "only the agent with this `NAME`"}),
+				Action: func(c *cli.Context) error { return signerEnrol(e, c) }},
+			{Name: "serve", Usage: "serve agents; enrols what has no certificate, and renews", Flags: config(), Action: func(c *cli.Context) error { return signerServe(e, c) }},
+			{Name: "check", Usage: "check a configuration file", Flags: config(), Action: func(c *cli.Context) error {
+				_, err := readSignerConfig(c)
+				if err == nil {
+					e.printf("the configuration is valid\n")
+				}
+				return err
+			}},
+			{Name: "status", Usage: "show the agent that the calling process is", Flags: []cli.Flag{socketFlag(), jsonFlag()}, Action: func(c *cli.Context) error { return signerStatus(e, c) }},
+		},
+	}
+}
+
+func readSignerConfig(c *cli.Context) (*signer.Config, error) {
+	path, err := filepath.Abs(c.String("config"))
+	if err != nil {
+		return nil, err
+	}
+	b, err := os.ReadFile(path)
+	if err != nil {
+		return nil, err
+	}
+	return signer.ParseConfig(b, filepath.Dir(path))
+}
+
+// host is this machine as the issuer sees it: a TPM and agents' state.
+type host struct {
+	config *signer.Config
+	dev    *tpm.Device
+	issuer attester.Issuer
+	keys   map[string]*tpm.Key // action keys by agent
+}
+
+func openHost(config *signer.Config) (*host, error) {
+	roots, err := readPool(config.Issuer.CA)
+	if err != nil {
+		return nil, fmt.Errorf("issuer.ca: %w", err)
+	}
+	var o tpm.Options
+	for _, f := range []struct {
+		path string
+		to   *[]byte
+	}{{config.OwnerAuthFile, &o.OwnerAuth}, {config.EndorsementF, &o.EndorsementAuth}} {
+		if f.path == "" {
+			continue
+		}
+		b, err := os.ReadFile(f.path)
+		if err != nil {
+			return nil, err
+		}
+		*f.to = []byte(strings.TrimRight(string(b), "\n"))
+	}
+	dev, err := tpm.OpenWith(config.TPM, o)
+	if err != nil {
+		return nil, err
+	}
+	return &host{config: config, dev: dev, issuer: attester.Issuer{URL: config.Issuer.URL, Roots: roots}, keys: make(map[string]*tpm.Key)}, nil
+}
+
+// enrol runs one exchange for an agent and keeps its outcome.
+func (h *host) enrol(ctx context.Context, agent string) ([]*x509.Certificate, time.Time, error) {
+	state, err := signer.OpenState(h.config.StateDir, agent)
+	if err != nil {
+		return nil, time.Time{}, err
+	}
+	keys, err := state.Keys(attest.PurposeAction, attest.PurposeTLS)
+	if err != nil {
+		return nil, time.Time{}, err
+	}
+	out, err := attester.Run(ctx, h.issuer, h.dev, agent, keys, state.SaveKeys)
+	if err != nil {
+		return nil, time.Time{}, err
+	}
+	var action []*x509.Certificate
+	for purpose, file := range out.Keys {
+		k, err := h.dev.LoadKey(file, out.Policies)
+		if err != nil {
+			return nil, time.Time{}, err
+		}
+		chain, err := out.Chain(purpose, k.Public().(*ecdsa.PublicKey))
+		if err != nil {
+			return nil, time.Time{}, err
+		}
+		if err := state.SaveChain(purpose, chain); err != nil {
+			return nil, time.Time{}, err
+		}
+		if purpose == attest.PurposeAction {
+			action = chain
+		}
+	}
+	if len(action) == 0 {
+		return nil, time.Time{}, errors.New("the issuer sent no action certificate")
+	}
+	if err := state.SavePolicies(out.Policies); err != nil {
+		return nil, time.Time{}, err
+	}
+	if k := h.keys[agent]; k != nil {
+		k.SetPolicies(out.Policies)
+	}
+	return action, out.Grant.RenewAfter, nil
+}
+
+// Renew implements signer.Renewer.
+func (h *host) Renew(ctx context.Context, agent string) ([]*x509.Certificate, time.Time, error) {
+	return h.enrol(ctx, agent)
+}
+
+// credentials loads an agent's key and certificate; an agent without a valid
+// certificate is enrolled first.
+func (h *host) credentials(ctx context.Context, agent string) (signer.Credentials, error) {
+	state, err := signer.OpenState(h.config.StateDir, agent)
+	if err != nil {
+		return signer.Credentials{}, err
+	}
+	chain, err := state.Chain(attest.PurposeAction)
+	if err != nil {
+		return signer.Credentials{}, err
+	}
+	if len(chain) == 0 || time.Now().After(chain[0].NotAfter) {
+		if chain, _, err = h.enrol(ctx, agent); err != nil {
+			return signer.Credentials{}, fmt.Errorf("enrolling agent %s: %w", agent, err)
+		}
+	}
+	keys, err := state.Keys(attest.PurposeAction)
+	if err != nil {
+		return signer.Credentials{}, err
+	}
+	var policies tpm.Policies
+	if ok, err := state.Policies(&policies); err != nil || !ok {
+		return signer.Credentials{}, fmt.Errorf("agent %s: its policies cannot be read: enrol it anew: %w", agent, err)
+	}
+	k, err := h.dev.LoadKey(keys[attest.PurposeAction], &policies)
+	if err != nil {
+		return signer.Credentials{}, fmt.Errorf("agent %s: %w", agent, err)
+	}
+	h.keys[agent] = k
+	return signer.Credentials{Key: k, Chain: chain}, nil
+}
+
+func signerEnrol(e *env, c *cli.Context) error {
+	config, err := readSignerConfig(c)
+	if err != nil {
+		return err
+	}
+	h, err := openHost(config)
+	if err != nil {
+		return err
+	}
+	defer h.dev.Close()
+	type enrolled struct {
+		Agent    string    `json:"agent"`
+		Serial   string    `json:"serial"`
+		NotAfter time.Time `json:"not_after"`
+	}
+	var list []enrolled
+	for _, a := range config.Agents {
+		if only := c.String("agent"); only != "" && only != a.Name {
+			continue
+		}
+		fmt.Fprintf(e.stderr, "enrolling %s ...\n", a.Name)
+		chain, _, err := h.enrol(c.Context, a.Name)
+		if err != nil {
+			return fmt.Errorf("enrolling agent %s: %w", a.Name, err)
+		}
+		list = append(list, enrolled{a.Name, fmt.Sprintf("%x", chain[0].SerialNumber), chain[0].NotAfter.UTC()})
+	}
+	if len(list) == 0 {
+		return fmt.Errorf("the configuration has no agent %q", c.String("agent"))
+	}
+	return e.show(c, list, func() {
+		for _, x := range list {
+			e.printf("%s has the certificate %s until %s\n", x.Agent, x.Serial, x.NotAfter.Format(time.RFC3339))
+		}
+	})
+}
+
+func signerServe(e *env, c *cli.Context) error {
+	config, err := readSignerConfig(c)
+	if err != nil {
+		return err
+	}
+	h, err := openHost(config)
+	if err != nil {
+		return err
+	}
+	defer h.dev.Close()
+	credentials := make(map[string]signer.Credentials)
+	for _, a := range config.Agents {
+		if credentials[a.Name], err = h.credentials(c.Context, a.Name); err != nil {
+			return err
+		}
+	}
+	s, err := signer.Open(c.Context, config, credentials, h, logger(e))
+	if err != nil {
+		return err
+	}
+	err = s.Serve(interrupted(c), func() {
+		if err := e.printJSON(map[string]any{"socket": config.Socket, "agents": len(config.Agents)}); err != nil {
+			fmt.Fprintf(e.stderr, "inkan: %v\n", err)
+		}
+	})
+	return errors.Join(err, s.Close())
+}
+
+func socketFlag() cli.Flag {
+	return &cli.StringFlag{Name: "socket", Value: "/run/inkan/signer.sock", Usage: "the signer's `SOCKET`"}
+}
+
+func signerStatus(e *env, c *cli.Context) error {
+	var info signer.AgentInfo
+	if err := client.New(c.String("socket")).Get(c.Context, "/v1/agent", &info); err != nil {
+		return refusedOr(err)
+	}
+	return e.show(c, info, func() {
+		e.printf("%s  %s\ncertificate until %s, %d entries in the record\n", info.Name, info.ID, info.NotAfter.Format(time.RFC3339), info.Entries)
+		for _, line := range info.Description {
+			e.printf("  %s\n", line)
+		}
+	})
+}

@@ -1,0 +1,154 @@
+package main
+
+import (
+	"bytes"
+	"context"
+	"crypto/sha256"
+	"errors"
+	"os"
+	"time"
+
+	"github.com/urfave/cli/v2"
+
+	"inkan/internal/jws"
+	"inkan/internal/strictjson"
+	"inkan/scope"
+	"inkan/verify"
+)
+
+func verifyCommand(e *env) *cli.Command {
+	return &cli.Command{
+		Name:  "verify",
+		Usage: "verify a signed action as a venue does; exit code 4 when it is refused",
+		Flags: []cli.Flag{
+			jsonFlag(),
+			&cli.StringFlag{Name: "ca", Usage: "PEM `FILE` with the CA certificate"},
+			&cli.StringSliceFlag{Name: "audience", Usage: "who this venue is: a `MIC`, or lei: and an LEI"},
+			&cli.StringFlag{Name: "jws", Usage: "`FILE` with the signed action; - is standard input"},
+			&cli.StringFlag{Name: "crl", Usage: "`FILE` with the revocation list"},
+			&cli.StringFlag{Name: "crl-url", Usage: "`URL` of the revocation list"},
+			&cli.StringFlag{Name: "ocsp-url", Usage: "`URL` of the OCSP responder"},
+			&cli.BoolFlag{Name: "no-revocation", Usage: "do not ask whether the certificate was revoked"},
+			&cli.DurationFlag{Name: "max-revocation-age", Value: time.Hour, Usage: "oldest `AGE` of what is known about revocation"},
+			&cli.StringFlag{Name: "body", Usage: "`FILE` with the HTTP body that arrived with it"},
+			&cli.StringFlag{Name: "replay-db", Usage: "`FILE` that remembers what was seen; without it a replay is not noticed"},
+			&cli.StringFlag{Name: "reference", Usage: "JSON `FILE` with this venue's reference price"},
+			&cli.BoolFlag{Name: "accept-reference", Usage: "believe the signer's reference price"},
+			&cli.TimestampFlag{Name: "at", Layout: time.RFC3339, Usage: "verify as of this `TIME`"},
+		},
+		Action: func(c *cli.Context) error { return runVerify(e, c) },
+	}
+}
+
+func revocation(c *cli.Context) (verify.Revocation, error) {
+	given := 0
+	var out verify.Revocation
+	age := c.Duration("max-revocation-age")
+	if path := c.String("crl"); path != "" {
+		given++
+		out = &verify.CRL{MaxAge: age, Load: func(context.Context) ([]byte, error) { return os.ReadFile(path) }}
+	}
+	if url := c.String("crl-url"); url != "" {
+		given++
+		out = &verify.CRL{MaxAge: age, Load: verify.HTTPLoader(url)}
+	}
+	if url := c.String("ocsp-url"); url != "" {
+		given++
+		out = &verify.OCSP{MaxAge: age, URL: url}
+	}
+	if c.Bool("no-revocation") {
+		given++
+		out = verify.NoRevocation{}
+	}
+	if given != 1 {
+		return nil, usage("give one of --crl, --crl-url, --ocsp-url and --no-revocation")
+	}
+	return out, nil
+}
+
+func runVerify(e *env, c *cli.Context) error {
+	ca, err := required(c, "ca")
+	if err != nil {
+		return err
+	}
+	path, err := required(c, "jws")
+	if err != nil {
+		return err
+	}
+	if len(c.StringSlice("audience")) == 0 {
+		return usage("--audience is missing")
+	}
+	config := verify.Config{Audiences: c.StringSlice("audience"), Replay: verify.NoReplay{}, AcceptReference: c.Bool("accept-reference")}
+	if config.Roots, err = readPool(ca); err != nil {
+		return err
+	}
+	if config.Revocation, err = revocation(c); err != nil {
+		return err
+	}
+	if at := c.Timestamp("at"); at != nil {
+		config.Now = func() time.Time { return *at }
+	}
+	if db := c.String("replay-db"); db != "" {
+		s, err := verify.OpenSQLiteStore(c.Context, db)
+		if err != nil {
+			return err
+		}
+		defer s.Close()
+		config.Replay = s
+	}
+	if ref := c.String("reference"); ref != "" {
+		b, err := e.readInput(ref, scope.MaxAction)
+		if err != nil {
+			return err
+		}
+		var p scope.ReferencePrice
+		if err := strictjson.Unmarshal(b, scope.MaxAction, &p); err != nil {
+			return err
+		}
+		config.References = func(instrument string) *scope.ReferencePrice {
+			if instrument != p.Instrument {
+				return nil
+			}
+			return &p
+		}
+	}
+	var body *verify.Body
+	if f := c.String("body"); f != "" {
+		b, err := e.readInput(f, 16<<20)
+		if err != nil {
+			return err
+		}
+		body = &verify.Body{Format: scope.NativeHTTPBody, SHA256: sha256.Sum256(b)}
+	}
+	r, err := verify.NewReceiver(config)
+	if err != nil {
+		return err
+	}
+	b, err := e.readInput(path, jws.MaxCompact+2)
+	if err != nil {
+		return err
+	}
+	v, err := r.Verify(c.Context, bytes.TrimSpace(b), body)
+	if err != nil {
+		if refusal, ok := errors.AsType[*verify.Refusal](err); ok && c.Bool("json") {
+			if err := e.printJSON(map[string]any{"accepted": false, "refusal": refusal}); err != nil {
+				return err
+			}
+		}
+		return withCode(exitUnproven, err)
+	}
+	return e.show(c, map[string]any{"accepted": true, "agent": v.Agent, "statement": v.Statement}, func() {
+		st := v.Statement
+		e.printf("accepted: %s by %s, number %d at %s\n", st.Kind, v.Agent, st.Counter, st.Time.Format(scope.TimeFormat))
+		if o := st.Order; o != nil {
+			e.printf("  order %s: side %s, %s of %s at %s %s on %s\n", o.ClOrdID, o.Side, text(o.OrderQty), v.Action.Instrument(), text(o.Price), o.Currency, st.Audience)
+		}
+		e.printf("  under this scope:\n")
+		for _, line := range v.Scope.Describe() {
+			e.printf("    %s\n", line)
+		}
+		if c.String("replay-db") == "" {
+			e.printf("  note: without --replay-db a second use is not noticed\n")
+		}
+	})
+}

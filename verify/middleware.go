@@ -1,0 +1,76 @@
+package verify
+
+import (
+	"bytes"
+	"context"
+	"crypto/sha256"
+	"errors"
+	"io"
+	"net/http"
+
+	"inkan/internal/problem"
+	"inkan/scope"
+)
+
+// Header carries the signed action of an HTTP request.
+const Header = "Agent-Action"
+
+type verifiedKey struct{}
+
+// FromContext returns the action that Middleware accepted for a request.
+func FromContext(ctx context.Context) (*Verified, bool) {
+	v, ok := ctx.Value(verifiedKey{}).(*Verified)
+	return v, ok
+}
+
+// Middleware lets a request through only with a signed action in the header
+// Agent-Action that names the digest of the request's body. Everything else
+// is answered with a problem document (RFC 9457) whose reason says why.
+// maxBody bounds the body, in bytes.
+func (r *Receiver) Middleware(maxBody int64, next http.Handler) http.Handler {
+	return http.HandlerFunc(func(w http.ResponseWriter, req *http.Request) {
+		values := req.Header.Values(Header)
+		if len(values) != 1 {
+			fail(w, refuse(ReasonForm, "%d headers %s, exactly one is expected", len(values), Header))
+			return
+		}
+		body, err := io.ReadAll(http.MaxBytesReader(w, req.Body, maxBody))
+		if err != nil {
+			if _, ok := errors.AsType[*http.MaxBytesError](err); ok {
+				problem.Write(w, problem.Problem{Status: http.StatusRequestEntityTooLarge, Reason: string(ReasonBody), Detail: "the body is too large"})
+				return
+			}
+			fail(w, refuse(ReasonBody, "the body could not be read"))
+			return
+		}
+		v, err := r.Verify(req.Context(), []byte(values[0]), &Body{Format: scope.NativeHTTPBody, SHA256: sha256.Sum256(body)})
+		if err != nil {
+			fail(w, err)
+			return
+		}
+		req = req.WithContext(context.WithValue(req.Context(), verifiedKey{}, v))
+		req.Body, req.ContentLength = io.NopCloser(bytes.NewReader(body)), int64(len(body))
+		req.TransferEncoding = nil
+		next.ServeHTTP(w, req)
+	})
+}
+
+func fail(w http.ResponseWriter, err error) {
+	r, ok := errors.AsType[*Refusal](err)
+	if !ok {
+		problem.Write(w, problem.Problem{Status: http.StatusInternalServerError})
+		return
+	}
+	status := http.StatusForbidden
+	switch r.Reason {
+	case ReasonForm, ReasonHeader:
+		status = http.StatusBadRequest
+	case ReasonCertificate, ReasonExpired, ReasonRevoked, ReasonSignature:
+		status = http.StatusUnauthorized
+	case ReasonRevocation, ReasonStore:
+		status = http.StatusServiceUnavailable
+	case ReasonReplay, ReasonCounter:
+		status = http.StatusConflict
+	}
+	problem.Write(w, problem.Problem{Status: status, Title: "action refused", Reason: string(r.Reason), Detail: r.Detail})
+}

@@ -1,0 +1,73 @@
+package verify
+
+import "fmt"
+
+// Reason is the stable name of what made a receiver refuse.
+type Reason string
+
+// The reasons, in the order in which a receiver checks.
+const (
+	ReasonForm        Reason = "form"
+	ReasonHeader      Reason = "header"
+	ReasonCertificate Reason = "certificate"
+	ReasonExpired     Reason = "certificate_expired"
+	ReasonRevoked     Reason = "certificate_revoked"
+	ReasonRevocation  Reason = "revocation_unknown"
+	ReasonSignature   Reason = "signature"
+	ReasonStatement   Reason = "statement"
+	ReasonAudience    Reason = "audience"
+	ReasonStale       Reason = "expired"
+	ReasonFuture      Reason = "not_yet_valid"
+	ReasonReplay      Reason = "replay"
+	ReasonCounter     Reason = "counter"
+	ReasonStore       Reason = "replay_store"
+	ReasonBody        Reason = "body"
+	ReasonPolicy      Reason = "policy"
+	ReasonScope       Reason = "scope"
+	ReasonAttestation Reason = "attestation_age"
+)
+
+// Reasons says what each reason means and the number of the check that gives
+// it. docs/protocol.md has the same table.
+var Reasons = []struct {
+	Reason Reason
+	Check  int
+	What   string
+}{
+	{ReasonForm, 1, "the text is too large or not a JWS in compact serialisation"},
+	{ReasonHeader, 2, "typ, alg or another header parameter is not one that is allowed"},
+	{ReasonCertificate, 3, "the certificate is missing, malformed, not for agent actions, or does not chain to the CA"},
+	{ReasonExpired, 3, "the certificate is not valid at this time"},
+	{ReasonRevoked, 4, "the certificate was revoked"},
+	{ReasonRevocation, 4, "whether the certificate was revoked is not known freshly enough"},
+	{ReasonSignature, 5, "the signature does not verify over the exact bytes"},
+	{ReasonStatement, 5, "what was signed is not a permit statement of this certificate in its one spelling"},
+	{ReasonAudience, 6, "the action is for another venue"},
+	{ReasonStale, 7, "the action has expired, or lives for too long"},
+	{ReasonFuture, 7, "the action is from the future"},
+	{ReasonReplay, 8, "the action was seen before"},
+	{ReasonCounter, 8, "the action's counter was seen before, or is older than the window"},
+	{ReasonStore, 8, "the store of seen actions does not work"},
+	{ReasonBody, 9, "the message that arrived is not the one that was signed for"},
+	{ReasonPolicy, 11, "the action names a policy that this receiver does not know"},
+	{ReasonScope, 12, "the action is outside the scope in the certificate"},
+	{ReasonAttestation, 14, "the evidence behind the certificate is too old"},
+}
+
+// Refusal says why a receiver refuses. Detail is for a person; Reason decides.
+type Refusal struct {
+	Reason Reason `json:"reason"`
+	Detail string `json:"detail"`
+}
+
+func (r *Refusal) Error() string { return string(r.Reason) + ": " + r.Detail }
+
+// Is makes errors.Is(err, &Refusal{Reason: r}) ask for the reason.
+func (r *Refusal) Is(target error) bool {
+	t, ok := target.(*Refusal)
+	return ok && t.Reason == r.Reason
+}
+
+func refuse(reason Reason, format string, a ...any) error {
+	return &Refusal{reason, fmt.Sprintf(format, a...)}
+}
