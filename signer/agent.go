@@ -7,6 +7,7 @@ import (
 	"crypto/x509"
 	"errors"
 	"fmt"
+	"log/slog"
 	"sync/atomic"
 	"time"
 
@@ -21,6 +22,7 @@ const (
 	RuleCaller             scope.Rule = "caller"              // the process is not one that may act as an agent
 	RuleNoCertificate      scope.Rule = "no_certificate"      // the agent has none yet
 	RuleCertificateExpired scope.Rule = "certificate_expired" // renewal failed for too long
+	RuleDevice             scope.Rule = "device"              // the device does not sign, for instance since the host is not in an approved state
 	RuleUnsigned           scope.Rule = "unsigned"            // recorded before, under another certificate, and never signed
 )
 
@@ -36,6 +38,7 @@ type Agent struct {
 	current  atomic.Pointer[credential]
 	now      func() time.Time
 	metrics  *agentMetrics
+	logger   *slog.Logger
 }
 
 // credential is a certificate and all that is derived from it once.
@@ -171,10 +174,12 @@ func (a *Agent) sign(cred *credential, receipt *audit.Receipt) (string, error) {
 	signature, err := jws.Sign(a.key, input)
 	a.metrics.device.Observe(time.Since(begun).Seconds())
 	if err != nil {
-		return "", fmt.Errorf("the device did not sign: %w", err)
+		a.logger.Error("the device did not sign", "agent", a.name, "error", err)
+		return "", &scope.Refusal{Rule: RuleDevice, Message: "recorded, but the device did not sign: " + err.Error()}
 	}
 	if err := jws.Verify(cred.chain[0].PublicKey, cred.alg, input, signature); err != nil {
-		return "", fmt.Errorf("the device's signature: %w", err)
+		a.logger.Error("the device's signature is wrong", "agent", a.name, "error", err)
+		return "", &scope.Refusal{Rule: RuleDevice, Message: "recorded, but the device's signature does not verify"}
 	}
 	return jws.Compact(input, signature), nil
 }

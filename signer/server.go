@@ -292,7 +292,7 @@ func (s *Signer) fail(w http.ResponseWriter, err error) {
 		switch r.Rule {
 		case scope.RuleForm:
 			status = http.StatusBadRequest
-		case RuleNoCertificate:
+		case RuleNoCertificate, RuleDevice:
 			status = http.StatusServiceUnavailable
 		}
 		problem.Write(w, problem.Problem{Status: status, Title: "action refused", Detail: r.Message, Rule: string(r.Rule), Field: r.Field, Value: r.Value, Limit: r.Limit, Excess: r.Excess})

@@ -9,8 +9,6 @@ import (
 	"inkan/attest"
 )
 
-var bankNames = map[tpm2.TPMAlgID]string{tpm2.TPMAlgSHA256: "sha256", tpm2.TPMAlgSHA384: "sha384"}
-
 // ReadPCRs returns the values of PCRs, ordered by bank and index.
 func (d *Device) ReadPCRs(selection []attest.PCRSelection) (values []attest.PCRValue, err error) {
 	err = d.do("reading PCRs", func() (err error) {

@@ -50,6 +50,9 @@ type Receiver struct {
 // maxKnown bounds the cache of verified headers: one for each live certificate.
 const maxKnown = 4096
 
+// algorithms are those of RFC 7518 and RFC 8037 that a device's key may have.
+var algorithms = []string{"ES256", "ES384", "PS256", "RS256", "EdDSA"}
+
 // credential is all that a protected header says, verified but for time and
 // revocation.
 type credential struct {
@@ -209,6 +212,9 @@ func (r *Receiver) verifyHeader(m *jws.Message, now time.Time) (*credential, err
 	}
 	if h.Typ != jws.Type {
 		return nil, refuse(ReasonHeader, "typ is %.48q, %s is expected", h.Typ, jws.Type)
+	}
+	if !slices.Contains(algorithms, h.Alg) {
+		return nil, refuse(ReasonHeader, "alg is %.16q, one of %v is expected", h.Alg, algorithms)
 	}
 	if len(h.X5C) == 0 || len(h.X5C) > 4 {
 		return nil, refuse(ReasonCertificate, "x5c has %d certificates, 1 to 4 are expected", len(h.X5C))

@@ -10,6 +10,3 @@ import (
 func runBench(ctx context.Context, out io.Writer, inkan string, d time.Duration, asJSON bool) error {
 	return errors.ErrUnsupported
 }
-func runCrash(ctx context.Context, out io.Writer, inkan string, orders, clients, kills int, asJSON bool) error {
-	return errors.ErrUnsupported
-}

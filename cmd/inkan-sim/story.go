@@ -15,7 +15,7 @@ func runDemo(ctx context.Context, out io.Writer, inkan string, asJSON bool) (err
 		return err
 	}
 	defer w.end()
-	for _, step := range []func(context.Context) error{w.bringUp, w.trade} {
+	for _, step := range []func(context.Context) error{w.bringUp, w.trade, w.attacks} {
 		if err := step(ctx); err != nil {
 			return err
 		}
@@ -65,14 +65,17 @@ func (w *world) trade(ctx context.Context) error {
 		return err
 	}
 	w.say("   %s", strings.ReplaceAll(strings.TrimSpace(out), "\n", "\n   "))
+	if w.keptJWS, err = w.run(ctx, "sign", "--socket", w.socket(), "--action", w.path("order.json"), "--new-id"); err != nil {
+		return err
+	}
 	out, err = w.run(ctx, "audit", "verify", "--log", w.path("state", "mm-07", "log.db"), "--ca", w.path("issuer", "ca.pem"))
 	if err != nil {
 		return err
 	}
 	first, _, _ := strings.Cut(out, "\n")
 	w.say("   %s", first)
-	if !strings.Contains(first, "verifies: 1 entries") {
-		return errors.New("the record does not have the one order")
+	if !strings.Contains(first, "verifies: 2 entries") {
+		return errors.New("the record does not have the two orders")
 	}
 	return nil
 }

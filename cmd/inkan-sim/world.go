@@ -2,6 +2,8 @@ package main
 
 import (
 	"context"
+	"crypto"
+	"encoding/base64"
 	"encoding/json"
 	"fmt"
 	"io"
@@ -24,6 +26,7 @@ type world struct {
 	agents    []string
 	lifetime  string // of certificates
 	signer    *process
+	keptJWS   string // signed and not shown to the venue yet
 }
 
 const scopeYAML = `# What the agent may do.
@@ -207,3 +210,12 @@ func order(id string, changes ...string) string {
 func (w *world) extend(pcr int) error {
 	return w.tpm.ExtendPCR(pcr, fmt.Appendf(nil, "measurement of PCR %d", pcr))
 }
+
+const sha256Hash = crypto.SHA256
+
+func decode(s string) []byte {
+	b, _ := base64.RawURLEncoding.DecodeString(s) // what does not decode is an attack on itself
+	return b
+}
+
+func encode(b []byte) string { return base64.RawURLEncoding.EncodeToString(b) }

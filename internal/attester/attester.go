@@ -28,58 +28,101 @@ type Outcome struct {
 	Keys     map[string][]byte // TSS2 PRIVATE KEY files by purpose
 }
 
+// Exchange is one exchange with the issuer, message by message. Close it.
+type Exchange struct {
+	Challenge attest.Challenge
+	Outcome   *Outcome
+	// ChangeCSR, if not nil, may change a certificate request before the TPM
+	// certifies the key for it; it is for tests.
+	ChangeCSR func(csr []byte) []byte
+
+	dev   *tpm.Device
+	agent string
+	ch    *channel
+	ek    *tpm.EK
+}
+
 // Run asks the issuer for an agent's certificates. keys holds the agent's key
 // files by purpose; a key that is not there, or not of the template that the
 // issuer asks for, is made. save is called with the keys before the issuer sees
 // their evidence, so that no certificate is issued for a key that was lost.
 // A refusal of the issuer is a *problem.Problem.
 func Run(ctx context.Context, issuer Issuer, dev *tpm.Device, agent string, keys map[string][]byte, save func(map[string][]byte) error) (*Outcome, error) {
+	x, err := Begin(ctx, issuer, dev, agent, nil)
+	if err != nil {
+		return nil, err
+	}
+	defer x.Close()
+	ev, err := x.Collect(keys)
+	if err != nil {
+		return nil, err
+	}
+	if err := save(x.Outcome.Keys); err != nil {
+		return nil, fmt.Errorf("keeping the keys: %w", err)
+	}
+	if err := x.Finish(ctx, ev); err != nil {
+		return nil, err
+	}
+	return x.Outcome, nil
+}
+
+// Begin sends M1, which says who asks and from which device, and takes M2.
+// change, if not nil, may change M1; it is for tests.
+func Begin(ctx context.Context, issuer Issuer, dev *tpm.Device, agent string, change func(*attest.Hello)) (*Exchange, error) {
 	ch, err := dial(ctx, issuer.URL, issuer.Roots)
 	if err != nil {
 		return nil, err
 	}
-	defer ch.close()
-
-	// M1: who asks, from which device.
+	x := &Exchange{dev: dev, agent: agent, ch: ch}
 	hello, ek, err := hello(dev, agent)
+	if err == nil {
+		x.ek = ek
+		if change != nil {
+			change(hello)
+		}
+		err = ch.post(ctx, "/v1/sessions", hello, &x.Challenge)
+	}
 	if err != nil {
+		x.Close()
 		return nil, err
 	}
-	var c attest.Challenge
-	if err := ch.post(ctx, "/v1/sessions", hello, &c); err != nil {
-		return nil, err
-	}
+	return x, nil
+}
 
-	// M2 to M3: what the challenge asks for.
+// Close closes the connection.
+func (x *Exchange) Close() { x.ch.close() }
+
+// Collect makes M3: what the challenge asks for.
+func (x *Exchange) Collect(keys map[string][]byte) (*attest.Evidence, error) {
+	c := &x.Challenge
 	ev := &attest.Evidence{Session: c.Session}
 	if c.Credential != nil {
-		if ev.Secret, err = dev.ActivateCredential(ek, c.Credential); err != nil {
+		secret, err := x.dev.ActivateCredential(x.ek, c.Credential)
+		if err != nil {
 			return nil, err
 		}
+		ev.Secret = secret
 	}
-	out := &Outcome{Policies: &tpm.Policies{PolicyKey: c.PolicyKey, Ref: c.PolicyRef, Approved: c.Policies}, Keys: make(map[string][]byte)}
-	loaded, err := ensureKeys(dev, &c, keys, out)
+	x.Outcome = &Outcome{Policies: &tpm.Policies{PolicyKey: c.PolicyKey, Ref: c.PolicyRef, Approved: c.Policies}, Keys: make(map[string][]byte)}
+	loaded, err := ensureKeys(x.dev, c, keys, x.Outcome)
 	if err != nil {
 		return nil, err
 	}
-	if err := save(out.Keys); err != nil {
-		return nil, fmt.Errorf("keeping the keys: %w", err)
-	}
-	binding, err := ch.binding()
+	binding, err := x.ch.binding()
 	if err != nil {
 		return nil, err
 	}
-	if err := collect(dev, &c, loaded, binding, agent, ev); err != nil {
-		return nil, err
-	}
+	return ev, x.collect(loaded, binding, ev)
+}
 
-	// M4: the certificates.
-	out.Grant = new(attest.Grant)
-	if err := ch.post(ctx, "/v1/sessions/evidence", ev, out.Grant); err != nil {
-		return nil, err
+// Finish sends M3 and takes M4, the certificates.
+func (x *Exchange) Finish(ctx context.Context, ev *attest.Evidence) error {
+	x.Outcome.Grant = new(attest.Grant)
+	if err := x.ch.post(ctx, "/v1/sessions/evidence", ev, x.Outcome.Grant); err != nil {
+		return err
 	}
-	out.Policies.Approved = out.Grant.Policies
-	return out, nil
+	x.Outcome.Policies.Approved = x.Outcome.Grant.Policies
+	return nil
 }
 
 // hello chooses the first endorsement key, which has a certificate if any has.
@@ -133,11 +176,15 @@ func ensureKeys(dev *tpm.Device, c *attest.Challenge, have map[string][]byte, ou
 }
 
 // collect certifies the keys and quotes the PCRs.
-func collect(dev *tpm.Device, c *attest.Challenge, keys []*tpm.Key, binding []byte, agent string, ev *attest.Evidence) error {
+func (x *Exchange) collect(keys []*tpm.Key, binding []byte, ev *attest.Evidence) error {
+	dev, c := x.dev, &x.Challenge
 	for i, k := range keys {
-		csr, err := x509.CreateCertificateRequest(rand.Reader, &x509.CertificateRequest{Subject: pkix.Name{CommonName: agent}}, k)
+		csr, err := x509.CreateCertificateRequest(rand.Reader, &x509.CertificateRequest{Subject: pkix.Name{CommonName: x.agent}}, k)
 		if err != nil {
 			return err
+		}
+		if x.ChangeCSR != nil {
+			csr = x.ChangeCSR(csr)
 		}
 		q := attest.KeyQualifyingData(c.Session, c.Nonce, binding, csr)
 		certify, err := dev.Certify(k, q[:])
