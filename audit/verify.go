@@ -148,7 +148,7 @@ func (v *verification) entry(e Entry) (task, error) {
 		return task{}, fmt.Errorf("the statement says it is number %d", st.Counter)
 	case st.Previous != scope.Digest(v.previous):
 		return task{}, errors.New("the statement names another predecessor")
-	case st.Time.Before(v.last):
+	case st.Time.Time.Before(v.last):
 		return task{}, errors.New("the statement is earlier than its predecessor")
 	case r.Agent != "" && st.Agent != r.Agent:
 		return task{}, fmt.Errorf("the statement is of another agent, %s", st.Agent)

@@ -45,34 +45,34 @@ type Action struct {
 	ID       string   `json:"id"`  // 16 random bytes in base64url: 22 characters
 	Audience string   `json:"aud"` // the venue: a MIC (ISO 10383), or lei: and an LEI
 	Kind     Kind     `json:"act"`
-	Order    *Order   `json:"ord,omitempty"`
-	Payment  *Payment `json:"pay,omitempty"`
-	Party    *Party   `json:"pty,omitempty"`
-	Native   *Native  `json:"native,omitempty"`
+	Order    *Order   `json:"ord,omitzero"`
+	Payment  *Payment `json:"pay,omitzero"`
+	Party    *Party   `json:"pty,omitzero"`
+	Native   *Native  `json:"native,omitzero"`
 }
 
 // Order holds FIX fields; the number behind each is its tag.
 type Order struct {
-	ClOrdID          string   `json:"ClOrdID,omitempty"`          // 11
-	OrigClOrdID      string   `json:"OrigClOrdID,omitempty"`      // 41
-	OrderID          string   `json:"OrderID,omitempty"`          // 37
-	Account          string   `json:"Account,omitempty"`          // 1
-	SecurityID       string   `json:"SecurityID,omitempty"`       // 48
-	SecurityIDSource string   `json:"SecurityIDSource,omitempty"` // 22: 4 ISIN, 8 exchange symbol, Y DTI
-	Side             string   `json:"Side,omitempty"`             // 54: 1 buy, 2 sell, 5 sell short, 6 sell short exempt
-	OrdType          string   `json:"OrdType,omitempty"`          // 40: 1 market, 2 limit, 3 stop, 4 stop limit
-	Price            *Decimal `json:"Price,omitempty"`            // 44
-	StopPx           *Decimal `json:"StopPx,omitempty"`           // 99
-	OrderQty         *Decimal `json:"OrderQty,omitempty"`         // 38
-	CashOrderQty     *Decimal `json:"CashOrderQty,omitempty"`     // 152
-	BidPx            *Decimal `json:"BidPx,omitempty"`            // 132
-	OfferPx          *Decimal `json:"OfferPx,omitempty"`          // 133
-	BidSize          *Decimal `json:"BidSize,omitempty"`          // 134
-	OfferSize        *Decimal `json:"OfferSize,omitempty"`        // 135
-	Currency         string   `json:"Currency,omitempty"`         // 15
-	TimeInForce      string   `json:"TimeInForce,omitempty"`      // 59: 0 day, 1 GTC, 2 opening, 3 IOC, 4 FOK, 6 GTD, 7 closing
-	ExpireTime       string   `json:"ExpireTime,omitempty"`       // 126, RFC 3339 in UTC
-	OrderCapacity    string   `json:"OrderCapacity,omitempty"`    // 528
+	ClOrdID          string   `json:"ClOrdID,omitzero"`          // 11
+	OrigClOrdID      string   `json:"OrigClOrdID,omitzero"`      // 41
+	OrderID          string   `json:"OrderID,omitzero"`          // 37
+	Account          string   `json:"Account,omitzero"`          // 1
+	SecurityID       string   `json:"SecurityID,omitzero"`       // 48
+	SecurityIDSource string   `json:"SecurityIDSource,omitzero"` // 22: 4 ISIN, 8 exchange symbol, Y DTI
+	Side             string   `json:"Side,omitzero"`             // 54: 1 buy, 2 sell, 5 sell short, 6 sell short exempt
+	OrdType          string   `json:"OrdType,omitzero"`          // 40: 1 market, 2 limit, 3 stop, 4 stop limit
+	Price            *Decimal `json:"Price,omitzero"`            // 44
+	StopPx           *Decimal `json:"StopPx,omitzero"`           // 99
+	OrderQty         *Decimal `json:"OrderQty,omitzero"`         // 38
+	CashOrderQty     *Decimal `json:"CashOrderQty,omitzero"`     // 152
+	BidPx            *Decimal `json:"BidPx,omitzero"`            // 132
+	OfferPx          *Decimal `json:"OfferPx,omitzero"`          // 133
+	BidSize          *Decimal `json:"BidSize,omitzero"`          // 134
+	OfferSize        *Decimal `json:"OfferSize,omitzero"`        // 135
+	Currency         string   `json:"Currency,omitzero"`         // 15
+	TimeInForce      string   `json:"TimeInForce,omitzero"`      // 59: 0 day, 1 GTC, 2 opening, 3 IOC, 4 FOK, 6 GTD, 7 closing
+	ExpireTime       string   `json:"ExpireTime,omitzero"`       // 126, RFC 3339 in UTC
+	OrderCapacity    string   `json:"OrderCapacity,omitzero"`    // 528
 }
 
 // Payment is a movement of money or tokens.
@@ -84,16 +84,16 @@ type Payment struct {
 
 // Party says for whom and by whom (RTS 24; CDR (EU) 2025/1140).
 type Party struct {
-	LEI       string  `json:"lei,omitempty"`    // the participant (ISO 17442)
-	Client    string  `json:"client,omitempty"` // FIX PartyRole 3
-	Decision  *Person `json:"dec,omitempty"`    // investment decision within firm, FIX PartyRole 122
-	Execution *Person `json:"exe,omitempty"`    // execution within firm, FIX PartyRole 12
+	LEI       string  `json:"lei,omitzero"`    // the participant (ISO 17442)
+	Client    string  `json:"client,omitzero"` // FIX PartyRole 3
+	Decision  *Person `json:"dec,omitzero"`    // investment decision within firm, FIX PartyRole 122
+	Execution *Person `json:"exe,omitzero"`    // execution within firm, FIX PartyRole 12
 }
 
 // Person is an algorithm or a natural person: exactly one is set.
 type Person struct {
-	Algorithm string `json:"algo,omitempty"`
-	Natural   string `json:"person,omitempty"`
+	Algorithm string `json:"algo,omitzero"`
+	Natural   string `json:"person,omitzero"`
 }
 
 // Native binds the message that goes to the venue.

@@ -60,10 +60,12 @@ func (c *Counter) UnmarshalText(b []byte) error {
 }
 
 // Timestamp is a time in UTC to the microsecond.
-type Timestamp struct{ time.Time }
+type Timestamp struct{ Time time.Time }
 
 // MarshalText implements encoding.TextMarshaler.
-func (t Timestamp) MarshalText() ([]byte, error) { return t.UTC().AppendFormat(nil, TimeFormat), nil }
+func (t Timestamp) MarshalText() ([]byte, error) {
+	return t.Time.UTC().AppendFormat(nil, TimeFormat), nil
+}
 
 // UnmarshalText implements encoding.TextUnmarshaler.
 func (t *Timestamp) UnmarshalText(b []byte) error {
@@ -88,11 +90,11 @@ type Statement struct {
 	Previous    Digest      `json:"prev"` // SHA-256 of the statement before it; zero for the first
 	Time        Timestamp   `json:"ts"`
 	Expires     int64       `json:"exp"` // seconds since 1970
-	Kind        Kind        `json:"act,omitempty"`
-	Order       *Order      `json:"ord,omitempty"`
-	Payment     *Payment    `json:"pay,omitempty"`
-	Party       *Party      `json:"pty,omitempty"`
-	Native      *Native     `json:"native,omitempty"`
+	Kind        Kind        `json:"act,omitzero"`
+	Order       *Order      `json:"ord,omitzero"`
+	Payment     *Payment    `json:"pay,omitzero"`
+	Party       *Party      `json:"pty,omitzero"`
+	Native      *Native     `json:"native,omitzero"`
 	Decision    Decision    `json:"scope"`
 	Attestation Attestation `json:"att"`
 }
@@ -102,9 +104,9 @@ type Decision struct {
 	Decision    string     `json:"dec"`
 	Certificate Digest     `json:"cert"` // SHA-256 of the action certificate
 	Scope       Digest     `json:"hash"` // of the scope in that certificate
-	Reference   *Reference `json:"ref,omitempty"`
-	Rule        Rule       `json:"rule,omitempty"` // what denied
-	Message     string     `json:"msg,omitempty"`  // why, for a person
+	Reference   *Reference `json:"ref,omitzero"`
+	Rule        Rule       `json:"rule,omitzero"` // what denied
+	Message     string     `json:"msg,omitzero"`  // why, for a person
 }
 
 // Reference is the reference price that was used.

@@ -287,8 +287,8 @@ func (c *credential) statement(payload []byte) (*scope.Statement, error) {
 func (r *Receiver) times(st *scope.Statement, now time.Time) error {
 	expires := time.Unix(st.Expires, 0)
 	switch {
-	case st.Time.After(now.Add(r.c.MaxSkew)):
-		return refuse(ReasonFuture, "the action is from %s", st.Time.Format(scope.TimeFormat))
+	case st.Time.Time.After(now.Add(r.c.MaxSkew)):
+		return refuse(ReasonFuture, "the action is from %s", st.Time.Time.Format(scope.TimeFormat))
 	case now.After(expires.Add(r.c.MaxSkew)):
 		return refuse(ReasonStale, "the action expired at %s", expires.UTC().Format(time.RFC3339))
 	case expires.Sub(st.Time.Time) > r.c.MaxLifetime:

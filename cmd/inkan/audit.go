@@ -122,7 +122,7 @@ func auditShow(e *env, c *cli.Context) error {
 				if o == nil {
 					o = &scope.Order{}
 				}
-				fmt.Fprintf(w, "%d\t%s\t%s\t%s\t%s\t%s\t%s\t%s\t%s\t%s\n", x.Counter, st.Time.Format(scope.TimeFormat), st.Decision.Decision, st.Kind, st.Audience,
+				fmt.Fprintf(w, "%d\t%s\t%s\t%s\t%s\t%s\t%s\t%s\t%s\t%s\n", x.Counter, st.Time.Time.Format(scope.TimeFormat), st.Decision.Decision, st.Kind, st.Audience,
 					o.SecurityID, o.Side, text(o.OrderQty), text(o.Price), st.Decision.Message)
 			}
 		})

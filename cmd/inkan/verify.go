@@ -139,7 +139,7 @@ func runVerify(e *env, c *cli.Context) error {
 	}
 	return e.show(c, map[string]any{"accepted": true, "agent": v.Agent, "statement": v.Statement}, func() {
 		st := v.Statement
-		e.printf("accepted: %s by %s, number %d at %s\n", st.Kind, v.Agent, st.Counter, st.Time.Format(scope.TimeFormat))
+		e.printf("accepted: %s by %s, number %d at %s\n", st.Kind, v.Agent, st.Counter, st.Time.Time.Format(scope.TimeFormat))
 		if o := st.Order; o != nil {
 			e.printf("  order %s: side %s, %s of %s at %s %s on %s\n", o.ClOrdID, o.Side, text(o.OrderQty), v.Action.Instrument(), text(o.Price), o.Currency, st.Audience)
 		}
