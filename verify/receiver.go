@@ -158,6 +158,9 @@ func (r *Receiver) Verify(ctx context.Context, compact []byte, body *Body) (*Ver
 	if err := checkBody(st, body); err != nil {
 		return nil, err
 	}
+	if [32]byte(st.Decision.Scope) != cred.scope.Hash() {
+		return nil, refuse(ReasonPolicy, "the action was decided under the scope %x, the certificate has %x", st.Decision.Scope, cred.scope.Hash())
+	}
 	if age := now.Sub(cred.action.Attestation.Time); age > r.c.MaxAttestationAge {
 		return nil, refuse(ReasonAttestation, "the host was attested %s ago, at most %s are accepted", age.Round(time.Second), r.c.MaxAttestationAge)
 	}
@@ -276,8 +279,6 @@ func (c *credential) statement(payload []byte) (*scope.Statement, error) {
 		return nil, refuse(ReasonStatement, "the statement is a denial")
 	case st.Decision.Certificate != c.sum:
 		return nil, refuse(ReasonStatement, "the statement names another certificate")
-	case [32]byte(st.Decision.Scope) != c.scope.Hash():
-		return nil, refuse(ReasonStatement, "the statement names another scope")
 	case st.Agent != c.action.Agent:
 		return nil, refuse(ReasonStatement, "the statement is of %s, the certificate of %s", st.Agent, c.action.Agent)
 	}
