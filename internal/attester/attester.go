@@ -38,7 +38,7 @@ type Exchange struct {
 
 	dev   *tpm.Device
 	agent string
-	ch    *channel
+	ch    *Channel
 	ek    *tpm.EK
 }
 
@@ -69,7 +69,7 @@ func Run(ctx context.Context, issuer Issuer, dev *tpm.Device, agent string, keys
 // Begin sends M1, which says who asks and from which device, and takes M2.
 // change, if not nil, may change M1; it is for tests.
 func Begin(ctx context.Context, issuer Issuer, dev *tpm.Device, agent string, change func(*attest.Hello)) (*Exchange, error) {
-	ch, err := dial(ctx, issuer.URL, issuer.Roots)
+	ch, err := Dial(ctx, issuer.URL, issuer.Roots)
 	if err != nil {
 		return nil, err
 	}
@@ -80,7 +80,7 @@ func Begin(ctx context.Context, issuer Issuer, dev *tpm.Device, agent string, ch
 		if change != nil {
 			change(hello)
 		}
-		err = ch.post(ctx, "/v1/sessions", hello, &x.Challenge)
+		err = ch.Post(ctx, "/v1/sessions", hello, &x.Challenge)
 	}
 	if err != nil {
 		x.Close()
@@ -90,7 +90,7 @@ func Begin(ctx context.Context, issuer Issuer, dev *tpm.Device, agent string, ch
 }
 
 // Close closes the connection.
-func (x *Exchange) Close() { x.ch.close() }
+func (x *Exchange) Close() { x.ch.Close() }
 
 // Collect makes M3: what the challenge asks for.
 func (x *Exchange) Collect(keys map[string][]byte) (*attest.Evidence, error) {
@@ -108,7 +108,7 @@ func (x *Exchange) Collect(keys map[string][]byte) (*attest.Evidence, error) {
 	if err != nil {
 		return nil, err
 	}
-	binding, err := x.ch.binding()
+	binding, err := x.ch.Binding()
 	if err != nil {
 		return nil, err
 	}
@@ -118,7 +118,7 @@ func (x *Exchange) Collect(keys map[string][]byte) (*attest.Evidence, error) {
 // Finish sends M3 and takes M4, the certificates.
 func (x *Exchange) Finish(ctx context.Context, ev *attest.Evidence) error {
 	x.Outcome.Grant = new(attest.Grant)
-	if err := x.ch.post(ctx, "/v1/sessions/evidence", ev, x.Outcome.Grant); err != nil {
+	if err := x.ch.Post(ctx, "/v1/sessions/evidence", ev, x.Outcome.Grant); err != nil {
 		return err
 	}
 	x.Outcome.Policies.Approved = x.Outcome.Grant.Policies

@@ -23,16 +23,16 @@ import (
 // maxAnswer bounds an answer of the issuer, in bytes.
 const maxAnswer = 1 << 20
 
-// channel is one TLS 1.3 connection to the issuer. The evidence names it by
+// Channel is one TLS 1.3 connection to the issuer. The evidence names it by
 // its exporter, so all messages of an exchange go over this one connection.
-type channel struct {
+type Channel struct {
 	client *http.Client
 	base   string
 	conn   *tls.Conn
 }
 
-// dial connects to the issuer at base, an https URL.
-func dial(ctx context.Context, base string, roots *x509.CertPool) (*channel, error) {
+// Dial connects to the issuer at base, an https URL.
+func Dial(ctx context.Context, base string, roots *x509.CertPool) (*Channel, error) {
 	u, err := url.Parse(base)
 	if err != nil || u.Scheme != "https" || u.Host == "" {
 		return nil, fmt.Errorf("issuer URL %q: an https URL is expected", base)
@@ -62,18 +62,18 @@ func dial(ctx context.Context, base string, roots *x509.CertPool) (*channel, err
 			return first, nil
 		},
 	}
-	return &channel{client: &http.Client{Transport: tr, Timeout: time.Minute}, base: strings.TrimSuffix(base, "/"), conn: conn}, nil
+	return &Channel{client: &http.Client{Transport: tr, Timeout: time.Minute}, base: strings.TrimSuffix(base, "/"), conn: conn}, nil
 }
 
-// binding is the TLS exporter that the evidence carries (RFC 9266 in spirit,
+// Binding is the TLS exporter that the evidence carries (RFC 9266 in spirit,
 // RFC 8446 section 7.5), 32 bytes.
-func (c *channel) binding() ([]byte, error) {
+func (c *Channel) Binding() ([]byte, error) {
 	s := c.conn.ConnectionState()
 	return s.ExportKeyingMaterial(attest.BindingLabel, nil, 32)
 }
 
-// post sends in and decodes the answer into out. A refusal is a *problem.Problem.
-func (c *channel) post(ctx context.Context, path string, in, out any) error {
+// Post sends in and decodes the answer into out. A refusal is a *problem.Problem.
+func (c *Channel) Post(ctx context.Context, path string, in, out any) error {
 	body, err := strictjson.Marshal(in)
 	if err != nil {
 		return err
@@ -101,4 +101,5 @@ func (c *channel) post(ctx context.Context, path string, in, out any) error {
 	return nil
 }
 
-func (c *channel) close() { c.client.CloseIdleConnections(); _ = c.conn.Close() }
+// Close closes the connection.
+func (c *Channel) Close() { c.client.CloseIdleConnections(); _ = c.conn.Close() }

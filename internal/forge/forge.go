@@ -86,14 +86,19 @@ func Public(template []byte, key *ecdsa.PublicKey) ([]byte, error) {
 	if err != nil {
 		return nil, err
 	}
-	setPoint(t, key)
+	if err := setPoint(t, key); err != nil {
+		return nil, err
+	}
 	return tpm2.Marshal(*t), nil
 }
 
-func setPoint(t *tpm2.TPMTPublic, key *ecdsa.PublicKey) {
-	t.Unique = tpm2.NewTPMUPublicID(tpm2.TPMAlgECC, &tpm2.TPMSECCPoint{
-		X: tpm2.TPM2BECCParameter{Buffer: key.X.FillBytes(make([]byte, 32))}, Y: tpm2.TPM2BECCParameter{Buffer: key.Y.FillBytes(make([]byte, 32))},
-	})
+func setPoint(t *tpm2.TPMTPublic, key *ecdsa.PublicKey) error {
+	point, err := key.Bytes() // 04 | X | Y
+	if err != nil {
+		return err
+	}
+	t.Unique = tpm2.NewTPMUPublicID(tpm2.TPMAlgECC, &tpm2.TPMSECCPoint{X: tpm2.TPM2BECCParameter{Buffer: point[1:33]}, Y: tpm2.TPM2BECCParameter{Buffer: point[33:]}})
+	return nil
 }
 
 func qualified(parent, public []byte) ([]byte, error) {
@@ -134,7 +139,8 @@ func (d *Device) Open(c *attest.Credential) ([]byte, error) {
 		return nil, err
 	}
 	plain := make([]byte, len(c.IDObject)-34)
-	cipher.NewCFBDecrypter(block, make([]byte, 16)).XORKeyStream(plain, c.IDObject[34:]) //nolint:staticcheck // the TPM's mode
+	//lint:ignore SA1019 it is the mode that the TPM protects credentials with
+	cipher.NewCFBDecrypter(block, make([]byte, 16)).XORKeyStream(plain, c.IDObject[34:])
 	return plain[2:], nil
 }
 
@@ -207,7 +213,9 @@ func (d *Device) key(c *attest.Challenge, want attest.KeyRequest, binding []byte
 	if err != nil {
 		return nil, err
 	}
-	setPoint(t, &key.PublicKey)
+	if err := setPoint(t, &key.PublicKey); err != nil {
+		return nil, err
+	}
 	if d.ChangeKey != nil {
 		d.ChangeKey(want.Purpose, t)
 	}
