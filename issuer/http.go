@@ -37,6 +37,9 @@ const (
 	maxAddresses    = 16384
 )
 
+// unlimited is for benchmarks alone.
+var unlimited bool
+
 // limiter bounds what one address costs before anything expensive is done.
 type limiter struct {
 	mu    sync.Mutex
@@ -49,6 +52,9 @@ func (l *limiter) allow(remote string) bool {
 	host, _, err := net.SplitHostPort(remote)
 	if err != nil {
 		return false
+	}
+	if unlimited {
+		return true
 	}
 	l.mu.Lock()
 	defer l.mu.Unlock()

@@ -538,3 +538,20 @@ func TestBadRequests(t *testing.T) {
 		}
 	}
 }
+
+// BenchmarkRenewal is a whole renewal: TLS connection, two requests,
+// appraisal, decision log, two certificates.
+func BenchmarkRenewal(b *testing.B) {
+	o := newOffice(b)
+	issuer.Unlimited(b)
+	if _, err := o.enrol(b, o.dev, "a"); err != nil {
+		b.Fatal(err)
+	}
+	b.RunParallel(func(pb *testing.PB) {
+		for pb.Next() {
+			if _, err := o.enrol(b, o.dev, "a"); err != nil {
+				b.Fatal(err)
+			}
+		}
+	})
+}

@@ -37,14 +37,14 @@ const idle = 100 * time.Millisecond
 type Device struct {
 	options Options
 
-	mu      sync.Mutex // owns whole command sequences, and all below
-	link    *link
-	epoch   int                   // of the link when the following were loaded
-	loaded  []*Key                // with handles in the TPM, the longest unused first
-	session *policySession        // for keys with a policy
-	tickets map[string]*authority // verified approvals, by policy digest and key
-	timer   *time.Timer
-	closed  bool
+	mu       sync.Mutex // owns whole command sequences, and all below
+	link     *link
+	epoch    int                  // of the link when the following were loaded
+	loaded   []*Key               // with handles in the TPM, the longest unused first
+	session  *policySession       // for keys with a policy
+	prepared map[string]*prepared // approved policies that were used
+	timer    *time.Timer
+	closed   bool
 }
 
 // Open opens the TPM at address: a device such as /dev/tpmrm0, or the path of a
@@ -57,7 +57,7 @@ func OpenWith(address string, o Options) (*Device, error) {
 	if err != nil {
 		return nil, err
 	}
-	d := &Device{options: o, link: l, tickets: make(map[string]*authority)}
+	d := &Device{options: o, link: l, prepared: make(map[string]*prepared)}
 	err = d.do("opening the TPM", func() error {
 		_, err := tpm2.GetCapability{Capability: tpm2.TPMCapTPMProperties, Property: uint32(tpm2.TPMPTFamilyIndicator), PropertyCount: 1}.Execute(d.link)
 		return err

@@ -90,16 +90,21 @@ func matching(list []attest.ApprovedPolicy, current []attest.PCRValue) *attest.A
 	return nil
 }
 
-func (d *Device) authorize(p *Policies, approved *attest.ApprovedPolicy) (tpm2.Session, error) {
+// prepared is what does not change between uses of an approved policy.
+type prepared struct {
+	digest    []byte
+	pcrDigest []byte
+	selection tpm2.TPMLPCRSelection
+	authority *authority
+}
+
+// prepare computes it once, and has the TPM verify the approval.
+func (d *Device) prepare(p *Policies, approved *attest.ApprovedPolicy) (*prepared, error) {
+	cache := approved.Name + "\x00" + string(approved.Signature) + string(p.PolicyKey) + string(p.Ref)
+	if x := d.prepared[cache]; x != nil {
+		return x, nil
+	}
 	digest, err := attest.PCRPolicy(approved.PCRs)
-	if err != nil {
-		return nil, err
-	}
-	authority, err := d.verified(p, approved, digest)
-	if err != nil {
-		return nil, err
-	}
-	s, err := d.policySession()
 	if err != nil {
 		return nil, err
 	}
@@ -111,31 +116,48 @@ func (d *Device) authorize(p *Policies, approved *attest.ApprovedPolicy) (tpm2.S
 	if err != nil {
 		return nil, err
 	}
+	authority, err := d.verified(p, approved, digest)
+	if err != nil {
+		return nil, err
+	}
+	if len(d.prepared) > 64 {
+		clear(d.prepared)
+	}
+	x := &prepared{digest: digest, pcrDigest: attest.PCRDigest(approved.PCRs), selection: *selection, authority: authority}
+	d.prepared[cache] = x
+	return x, nil
+}
+
+func (d *Device) authorize(p *Policies, approved *attest.ApprovedPolicy) (tpm2.Session, error) {
+	x, err := d.prepare(p, approved)
+	if err != nil {
+		return nil, err
+	}
+	s, err := d.policySession()
+	if err != nil {
+		return nil, err
+	}
 	if _, err := (tpm2.PolicyPCR{
 		PolicySession: s.Handle(),
-		PcrDigest:     tpm2.TPM2BDigest{Buffer: attest.PCRDigest(approved.PCRs)},
-		Pcrs:          *selection,
+		PcrDigest:     tpm2.TPM2BDigest{Buffer: x.pcrDigest},
+		Pcrs:          x.selection,
 	}).Execute(d.link); err != nil {
 		return nil, err
 	}
 	if _, err := (tpm2.PolicyAuthorize{
 		PolicySession:  s.Handle(),
-		ApprovedPolicy: tpm2.TPM2BDigest{Buffer: digest},
+		ApprovedPolicy: tpm2.TPM2BDigest{Buffer: x.digest},
 		PolicyRef:      tpm2.TPM2BDigest{Buffer: p.Ref},
-		KeySign:        authority.name,
-		CheckTicket:    authority.ticket,
+		KeySign:        x.authority.name,
+		CheckTicket:    x.authority.ticket,
 	}).Execute(d.link); err != nil {
 		return nil, err
 	}
 	return s.Session, nil
 }
 
-// verified has the TPM verify the policy key's signature, once per approval.
+// verified has the TPM verify the policy key's signature.
 func (d *Device) verified(p *Policies, approved *attest.ApprovedPolicy, digest []byte) (*authority, error) {
-	cache := string(digest) + string(p.PolicyKey) + string(p.Ref)
-	if a := d.tickets[cache]; a != nil {
-		return a, nil
-	}
 	if err := attest.VerifyPolicy(p.PolicyKey, p.Ref, approved); err != nil {
 		return nil, err
 	}
@@ -162,10 +184,5 @@ func (d *Device) verified(p *Policies, approved *attest.ApprovedPolicy, digest [
 	if err != nil {
 		return nil, err
 	}
-	if len(d.tickets) > 64 {
-		clear(d.tickets)
-	}
-	a := &authority{name: key.Name, ticket: rsp.Validation}
-	d.tickets[cache] = a
-	return a, nil
+	return &authority{name: key.Name, ticket: rsp.Validation}, nil
 }

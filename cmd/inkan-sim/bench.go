@@ -2,11 +2,383 @@ package main
 
 import (
 	"context"
+	"crypto"
+	"crypto/ecdsa"
+	"crypto/elliptic"
+	"crypto/rand"
+	"crypto/sha256"
+	"crypto/x509"
 	"errors"
+	"fmt"
 	"io"
+	"net"
+	"net/http"
+	"os"
+	"path/filepath"
+	"runtime"
+	"slices"
+	"sync"
+	"sync/atomic"
+	"text/tabwriter"
 	"time"
+
+	"inkan/attest"
+	"inkan/audit"
+	"inkan/internal/forge"
+	"inkan/internal/jws"
+	"inkan/internal/testca"
+	"inkan/scope"
+	"inkan/signer/client"
+	"inkan/tpm"
+	"inkan/verify"
 )
 
-func runBench(ctx context.Context, out io.Writer, inkan string, d time.Duration, asJSON bool) error {
-	return errors.ErrUnsupported
+// measurement is one line of the table.
+type measurement struct {
+	Name      string        `json:"name"`
+	Clients   int           `json:"clients"`
+	P50       time.Duration `json:"p50_ns"`
+	P99       time.Duration `json:"p99_ns"`
+	PerSecond float64       `json:"per_second"`
+	Beside    string        `json:"beside,omitempty"` // what the ratio is to
+	Ratio     float64       `json:"ratio,omitempty"`  // of the medians
 }
+
+// measure runs f from several clients for a while. The first call of each is
+// not counted.
+func measure(name string, clients int, d time.Duration, f func(client int) error) (measurement, error) {
+	var mu sync.Mutex
+	var all []time.Duration
+	var failed atomic.Pointer[error]
+	var wg sync.WaitGroup
+	for c := range clients {
+		if err := f(c); err != nil {
+			return measurement{}, fmt.Errorf("%s: %w", name, err)
+		}
+	}
+	begun := time.Now()
+	for c := range clients {
+		wg.Go(func() {
+			var own []time.Duration
+			for time.Since(begun) < d && failed.Load() == nil {
+				t := time.Now()
+				if err := f(c); err != nil {
+					failed.Store(&err)
+					break
+				}
+				own = append(own, time.Since(t))
+			}
+			mu.Lock()
+			defer mu.Unlock()
+			all = append(all, own...)
+		})
+	}
+	wg.Wait()
+	if err := failed.Load(); err != nil {
+		return measurement{}, fmt.Errorf("%s: %w", name, *err)
+	}
+	took := time.Since(begun)
+	slices.Sort(all)
+	return measurement{Name: name, Clients: clients, P50: all[len(all)/2], P99: all[len(all)*99/100], PerSecond: float64(len(all)) / took.Seconds()}, nil
+}
+
+// bench collects measurements.
+type bench struct {
+	d    time.Duration
+	rows []measurement
+	out  io.Writer
+}
+
+func (b *bench) run(name string, clients int, beside *measurement, f func(int) error) (*measurement, error) {
+	m, err := measure(name, clients, b.d, f)
+	if err != nil {
+		return nil, err
+	}
+	if beside != nil {
+		m.Beside, m.Ratio = beside.Name, float64(m.P50)/float64(beside.P50)
+	}
+	b.rows = append(b.rows, m)
+	return &m, nil
+}
+
+func runBench(ctx context.Context, out io.Writer, inkan string, d time.Duration, asJSON bool) error {
+	w, err := newWorld(out, inkan, true)
+	if err != nil {
+		return err
+	}
+	defer w.end()
+	me, err := os.Executable()
+	if err != nil {
+		return err
+	}
+	for _, step := range []func() error{
+		func() error { return w.startTPM(ctx) }, func() error { return w.startIssuer(ctx) }, func() error { return w.inventory(ctx) },
+		func() error { return w.signerConfig(map[string]string{"mm-07": me}) },
+	} {
+		if err := step(); err != nil {
+			return err
+		}
+	}
+	b := &bench{d: d, out: out}
+	raw, err := b.rawTPM(w)
+	if err != nil {
+		return err
+	}
+	if err := w.startSigner(); err != nil {
+		return err
+	}
+	for _, step := range []func() error{
+		func() error { return b.signer(ctx, w, raw) }, b.verify, b.record, b.appraise,
+	} {
+		if err := step(); err != nil {
+			return err
+		}
+	}
+	if asJSON {
+		return printJSON(out, b.rows)
+	}
+	tw := tabwriter.NewWriter(out, 0, 0, 2, ' ', tabwriter.AlignRight)
+	fmt.Fprintf(out, "%d cores, swtpm, every measurement for %s\n", runtime.NumCPU(), d)
+	fmt.Fprintln(tw, "what\tclients\tp50\tp99\tper second\tmedian is\t")
+	for _, m := range b.rows {
+		ratio := ""
+		if m.Beside != "" {
+			ratio = fmt.Sprintf("%.2f x %s", m.Ratio, m.Beside)
+		}
+		fmt.Fprintf(tw, "%s\t%d\t%s\t%s\t%.0f\t%s\t\n", m.Name, m.Clients, m.P50.Round(time.Microsecond), m.P99.Round(time.Microsecond), m.PerSecond, ratio)
+	}
+	return tw.Flush()
+}
+
+func (b *bench) rawTPM(w *world) (*measurement, error) {
+	d, err := tpm.Open(w.tpm.Address)
+	if err != nil {
+		return nil, err
+	}
+	defer d.Close()
+	file, _, err := d.CreateKey(tpm.SigningTemplate())
+	if err != nil {
+		return nil, err
+	}
+	k, err := d.LoadKey(file, nil)
+	if err != nil {
+		return nil, err
+	}
+	digest := sha256.Sum256([]byte("raw"))
+	return b.run("TPM2_Sign, raw", 1, nil, func(int) error {
+		_, err := k.Sign(nil, digest[:], crypto.SHA256)
+		return err
+	})
+}
+
+func (b *bench) signer(ctx context.Context, w *world, raw *measurement) error {
+	c := client.New(w.socket())
+	sign := func(int) error {
+		_, err := c.SignJSON(ctx, []byte(order(client.NewID())))
+		return err
+	}
+	for _, clients := range []int{1, 16} {
+		if _, err := b.run("signer through its socket", clients, raw, sign); err != nil {
+			return err
+		}
+	}
+	return b.echo(ctx)
+}
+
+// echo is HTTP and JSON over a unix socket and nothing else: where a part of
+// the signer's time goes.
+func (b *bench) echo(ctx context.Context) error {
+	dir, err := os.MkdirTemp("", "echo")
+	if err != nil {
+		return err
+	}
+	defer os.RemoveAll(dir)
+	l, err := net.Listen("unix", filepath.Join(dir, "s"))
+	if err != nil {
+		return err
+	}
+	s := &http.Server{ReadHeaderTimeout: time.Second, Handler: http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
+		if _, err := io.Copy(io.Discard, r.Body); err == nil {
+			w.Header().Set("Content-Type", "application/json")
+			_, _ = w.Write([]byte(`{"id":"x","counter":1,"jws":"x"}`)) // the client may be gone
+		}
+	})}
+	go func() { _ = s.Serve(l) }() // it ends with Close
+	defer s.Close()
+	c := client.New(filepath.Join(dir, "s"))
+	_, err = b.run("HTTP and JSON over a unix socket", 1, nil, func(int) error {
+		_, err := c.SignJSON(ctx, []byte(order("x")))
+		return err
+	})
+	return err
+}
+
+const benchScope = `{"allowed_actions":["order.new"],"allowed_instruments":[{"id":"isin:FR0000120271"}],"allowed_ord_types":["2"],"allowed_sides":["1"],"allowed_tif":["0"],"allowed_venues":["XPAR"],"max_order_notional":[{"amount":"25000","currency":"EUR"}],"version":1}`
+
+// verify measures the receiver with warm caches beside the standard library.
+func (b *bench) verify() error {
+	key, err := ecdsa.GenerateKey(elliptic.P256(), rand.Reader)
+	if err != nil {
+		return err
+	}
+	digest := sha256.Sum256([]byte("raw"))
+	sig, err := ecdsa.SignASN1(rand.Reader, key, digest[:])
+	if err != nil {
+		return err
+	}
+	raw, err := b.run("ecdsa.VerifyASN1, raw", 1, nil, func(int) error {
+		if !ecdsa.VerifyASN1(&key.PublicKey, digest[:], sig) {
+			return errors.New("does not verify")
+		}
+		return nil
+	})
+	if err != nil {
+		return err
+	}
+	ca := testca.New(fatal{})
+	leaf := ca.AgentWithKey(fatal{}, "bench", []byte(benchScope), key, nil).Chain[0]
+	config := func() verify.Config {
+		return verify.Config{Audiences: []string{"XPAR"}, Roots: ca.Roots, Revocation: verify.NoRevocation{}, Replay: verify.NewMemoryStore(1<<30, time.Time{}), MaxLifetime: time.Hour, MaxSkew: time.Minute}
+	}
+	r, err := verify.NewReceiver(config())
+	if err != nil {
+		return err
+	}
+	h, err := jws.NewHeader("ES256", []*x509.Certificate{leaf}, true)
+	if err != nil {
+		return err
+	}
+	s, err := scope.ParseCanonical([]byte(benchScope))
+	if err != nil {
+		return err
+	}
+	list := make([][]byte, 20_000) // signed beforehand
+	for i := range list {
+		if list[i], err = signedOrder(key, leaf, h, s, uint64(i+1)); err != nil {
+			return err
+		}
+	}
+	next := 0
+	_, err = b.run("verify.Receiver.Verify, warm", 1, raw, func(int) error {
+		if next == len(list) { // again, for a receiver that has not seen them
+			if r, err = verify.NewReceiver(config()); err != nil {
+				return err
+			}
+			next = 0
+		}
+		next++
+		_, err := r.Verify(context.Background(), list[next-1], nil)
+		return err
+	})
+	return err
+}
+
+func signedOrder(key *ecdsa.PrivateKey, leaf *x509.Certificate, h *jws.Header, s *scope.Scope, n uint64) ([]byte, error) {
+	a, err := scope.ParseAction([]byte(order(client.NewID())))
+	if err != nil {
+		return nil, err
+	}
+	now := time.Now().UTC().Truncate(time.Microsecond)
+	st := &scope.Statement{Version: 1, Issuer: "CN=bench", Agent: leaf.URIs[0].String(), Audience: a.Audience, ID: a.ID, Counter: scope.Counter(n), Time: scope.Timestamp{Time: now}, Expires: now.Add(30 * time.Minute).Unix(),
+		Kind: a.Kind, Order: a.Order, Party: a.Party, Decision: scope.Decision{Decision: scope.DecisionPermit, Certificate: sha256.Sum256(leaf.Raw), Scope: s.Hash()}, Attestation: scope.Attestation{Evidence: "00", Time: scope.Timestamp{Time: now}}}
+	if n > 1 {
+		st.Previous = scope.Digest{1}
+	}
+	b, err := st.Marshal()
+	if err != nil {
+		return nil, err
+	}
+	input := h.SigningInput(b)
+	sig, err := jws.Sign(key, input)
+	if err != nil {
+		return nil, err
+	}
+	return []byte(jws.Compact(input, sig)), nil
+}
+
+// record measures the record alone.
+func (b *bench) record() error {
+	dir, err := os.MkdirTemp("", "record")
+	if err != nil {
+		return err
+	}
+	defer os.RemoveAll(dir)
+	l, err := audit.Open(context.Background(), filepath.Join(dir, "log.db"), audit.Options{})
+	if err != nil {
+		return err
+	}
+	defer l.Close()
+	s, err := scope.ParseCanonical([]byte(benchScope))
+	if err != nil {
+		return err
+	}
+	for _, clients := range []int{1, 16, 64} {
+		if _, err := b.run("audit.Log.Record", clients, nil, func(int) error {
+			a, err := scope.ParseAction([]byte(order(client.NewID())))
+			if err != nil {
+				return err
+			}
+			p, err := scope.Check(s, a, scope.Env{Now: time.Now(), AttestedAt: time.Now()})
+			if err != nil {
+				return err
+			}
+			_, err = l.Record(context.Background(), p, audit.Identity{Agent: "spiffe://example.org/agent/a", Lifetime: time.Minute})
+			return err
+		}); err != nil {
+			return err
+		}
+	}
+	return nil
+}
+
+// appraise measures the appraisal of a device in software, since a TPM would
+// be what is measured. BenchmarkRenewal of package issuer has it with TLS and inventory.
+func (b *bench) appraise() error {
+	d, err := forge.New()
+	if err != nil {
+		return err
+	}
+	pin, err := attest.SPKIDigest(d.Hello.EKPublic)
+	if err != nil {
+		return err
+	}
+	policy, err := ecdsa.GenerateKey(elliptic.P256(), rand.Reader)
+	if err != nil {
+		return err
+	}
+	area, err := attest.PolicyKeyPublic(&policy.PublicKey)
+	if err != nil {
+		return err
+	}
+	sel := []attest.PCRSelection{{Bank: "sha256", Indexes: []int{0, 2, 4, 7}}}
+	approved, err := attest.SignPolicy(policy, "bench", d.Values(sel), nil)
+	if err != nil {
+		return err
+	}
+	auth, err := attest.AuthPolicy(area, nil)
+	if err != nil {
+		return err
+	}
+	e, err := attest.VerifyEK(&d.Hello, attest.EKOptions{Pin: pin[:], Now: time.Now()})
+	if err != nil {
+		return err
+	}
+	x := &attest.Expectation{Challenge: &attest.Challenge{Session: make([]byte, 16), Nonce: make([]byte, 32), PCRs: sel, PolicyKey: area, Policies: []attest.ApprovedPolicy{*approved},
+		Keys: []attest.KeyRequest{{Purpose: attest.PurposeAction, Template: attest.KeyTemplate(auth)}}}, Binding: make([]byte, 32), Endorsement: e, SRK: d.Hello.SRKPublic, AK: d.Hello.AKPublic, AuthPolicy: auth, AppraisalNow: time.Now()}
+	ev, err := d.Evidence(x.Challenge, x.Binding)
+	if err != nil {
+		return err
+	}
+	_, err = b.run("attest.Appraise", runtime.NumCPU(), nil, func(int) error {
+		_, err := attest.Appraise(x, ev)
+		return err
+	})
+	return err
+}
+
+// fatal lets the test CA be used outside a test.
+type fatal struct{}
+
+func (fatal) Helper() {}
+
+func (fatal) Fatal(args ...any) { panic(fmt.Sprint(args...)) } // no key can be made: nothing to measure

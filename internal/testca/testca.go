@@ -1,5 +1,5 @@
 // Package testca is a CA with action certificates over software keys, for
-// tests: [New] a CA, [CA.Agent] an agent.
+// tests and benchmarks: [New] a CA, [CA.Agent] an agent.
 package testca
 
 import (
@@ -12,11 +12,16 @@ import (
 	"encoding/asn1"
 	"math/big"
 	"net/url"
-	"testing"
 	"time"
 
 	"inkan/internal/certext"
 )
+
+// TB is what is needed of a testing.TB.
+type TB interface {
+	Helper()
+	Fatal(args ...any)
+}
 
 // CA is a certificate authority.
 type CA struct {
@@ -33,7 +38,7 @@ type Agent struct {
 }
 
 // New makes a CA.
-func New(tb testing.TB) *CA {
+func New(tb TB) *CA {
 	tb.Helper()
 	k, err := ecdsa.GenerateKey(elliptic.P256(), rand.Reader)
 	if err != nil {
@@ -55,7 +60,7 @@ func New(tb testing.TB) *CA {
 
 // Agent makes an agent with a P-256 key and a certificate for a scope in
 // canonical JSON, attested now. change, if not nil, may change the certificate.
-func (ca *CA) Agent(tb testing.TB, name string, scope []byte, change func(*x509.Certificate)) *Agent {
+func (ca *CA) Agent(tb TB, name string, scope []byte, change func(*x509.Certificate)) *Agent {
 	tb.Helper()
 	k, err := ecdsa.GenerateKey(elliptic.P256(), rand.Reader)
 	if err != nil {
@@ -65,7 +70,7 @@ func (ca *CA) Agent(tb testing.TB, name string, scope []byte, change func(*x509.
 }
 
 // AgentWithKey is Agent for a key that is there.
-func (ca *CA) AgentWithKey(tb testing.TB, name string, scope []byte, key crypto.Signer, change func(*x509.Certificate)) *Agent {
+func (ca *CA) AgentWithKey(tb TB, name string, scope []byte, key crypto.Signer, change func(*x509.Certificate)) *Agent {
 	tb.Helper()
 	now := time.Now().Truncate(time.Second)
 	sc, err := certext.ScopeExtension(scope)
