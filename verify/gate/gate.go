@@ -1,0 +1,247 @@
+// Package gate is a reverse proxy for venues that will not change code: [New]
+// makes a [Gate], [Gate.Serve] runs it in front of the venue's own HTTP server.
+//
+// It terminates mutual TLS, checks the client's certificate and SPIFFE ID, lets
+// a [verify.Receiver] check the signed action, compares the message with the
+// action, and forwards the request with headers that say who acted and under
+// which scope. Everything else is refused with a problem document (RFC 9457)
+// whose reason is one of [Reasons] or of [verify.Reasons].
+//
+// The backend believes those headers, so nobody but the gate may reach it.
+//
+// A request line is not signed. So only the requests that a [Route] describes
+// pass, without a query, and only the headers that are listed. The gate sees the
+// address of its TCP peer: put nothing that replaces addresses in front of it
+// if source networks are to count.
+package gate
+
+import (
+	"bytes"
+	"context"
+	"crypto/tls"
+	"crypto/x509"
+	"errors"
+	"fmt"
+	"io"
+	"log/slog"
+	"net/http"
+	"net/http/httputil"
+	"net/netip"
+	"net/url"
+	"time"
+
+	"inkan/verify"
+)
+
+// Config says whom a gate lets through, and to where.
+type Config struct {
+	// Receiver checks the signed actions. New makes the receiver, since it binds
+	// actions to the TLS peer before one is used up.
+	Receiver verify.Config
+	// Routes are the requests that pass; the first that matches counts.
+	Routes []Route
+	// MaxBody bounds a request's body, in bytes; 64 KiB by default.
+	MaxBody int64
+	// Record, if not nil, keeps an accepted action before it is forwarded; if it
+	// fails nothing is forwarded. compact is the JWS.
+	Record func(ctx context.Context, v *verify.Verified, compact string) error
+
+	// GetCertificate returns the gate's own certificate, as of tls.Config.
+	GetCertificate func(*tls.ClientHelloInfo) (*tls.Certificate, error)
+	// TrustDomain of the clients' SPIFFE IDs, such as example.org.
+	TrustDomain string
+	// ClientRoots are for TLS client certificates; Receiver.Roots by default. Where
+	// they are set ClientRevocation must be set too.
+	ClientRoots *x509.CertPool
+	// ClientRevocation is for TLS client certificates; Receiver.Revocation by default.
+	ClientRevocation verify.Revocation
+	// Agents, if not nil, are the SPIFFE IDs that may come, each with the networks
+	// it may come from; without networks it may come from anywhere.
+	Agents map[string][]netip.Prefix
+
+	// Backend is where requests go: https, or http to a loopback address.
+	Backend *url.URL
+	// PlainBackend allows http to other addresses: whoever is between gate and
+	// backend can then act as any agent.
+	PlainBackend bool
+	// BackendTimeout bounds the backend's whole answer; 30 s by default.
+	BackendTimeout time.Duration
+	// Transport goes to the backend. The default uses no proxy and trusts the
+	// system's roots; set one to show the backend a client certificate.
+	Transport http.RoundTripper
+	// Headers are names of request headers that pass besides DefaultHeaders.
+	Headers []string
+	// ForwardScope adds the header Agent-Scope with the scope's whole text.
+	ForwardScope bool
+	// ForwardAction passes the header Agent-Action with the JWS on, for a backend that
+	// keeps it; it takes some kilobytes.
+	ForwardAction bool
+
+	// Log gets a line for each request; nil is silence.
+	Log *slog.Logger
+}
+
+// Gate is an http.Handler for connections of [Gate.TLSConfig]. It is safe for
+// concurrent use.
+type Gate struct {
+	c       Config
+	now     func() time.Time
+	headers []string
+	checked http.Handler // receiver, then accepted
+	proxy   *httputil.ReverseProxy
+	log     *slog.Logger
+}
+
+// New checks a configuration and makes a gate of it.
+func New(c Config) (*Gate, error) {
+	if err := c.complete(); err != nil {
+		return nil, fmt.Errorf("gate: %w", err)
+	}
+	g := &Gate{c: c, now: c.Receiver.Now, log: c.Log}
+	if g.now == nil {
+		g.now = time.Now
+	}
+	if g.log == nil {
+		g.log = slog.New(slog.DiscardHandler)
+	}
+	var err error
+	if g.headers, err = passing(c.Headers); err != nil {
+		return nil, fmt.Errorf("gate: %w", err)
+	}
+	if c.ForwardAction {
+		g.headers = append(g.headers, verify.Header)
+	}
+	bound := c.Receiver
+	bound.Revocation = peerBound{c.Receiver.Revocation}
+	receiver, err := verify.NewReceiver(bound)
+	if err != nil {
+		return nil, fmt.Errorf("gate: %w", err)
+	}
+	g.checked = receiver.Middleware(c.MaxBody, http.HandlerFunc(g.accepted))
+	g.proxy = g.reverseProxy()
+	return g, nil
+}
+
+func (c *Config) complete() error {
+	if c.MaxBody == 0 {
+		c.MaxBody = 64 << 10
+	}
+	if c.BackendTimeout == 0 {
+		c.BackendTimeout = 30 * time.Second
+	}
+	if c.ClientRoots == nil {
+		c.ClientRoots = c.Receiver.Roots
+	} else if c.ClientRevocation == nil {
+		return errors.New("ClientRoots is set and ClientRevocation is not")
+	}
+	if c.ClientRevocation == nil {
+		c.ClientRevocation = c.Receiver.Revocation
+	}
+	switch {
+	case c.MaxBody < 0 || c.BackendTimeout < 0:
+		return errors.New("MaxBody and BackendTimeout must not be negative")
+	case c.Receiver.Roots == nil:
+		return errors.New("Receiver.Roots is missing")
+	case c.Receiver.Revocation == nil:
+		return errors.New("Receiver.Revocation is missing: use verify.NoRevocation to go without")
+	case c.GetCertificate == nil:
+		return errors.New("GetCertificate is missing")
+	case len(c.Routes) == 0:
+		return errors.New("Routes is empty: nothing would pass")
+	}
+	for i := range c.Routes {
+		if err := c.Routes[i].validate(); err != nil {
+			return fmt.Errorf("route %s %s: %w", c.Routes[i].Method, c.Routes[i].Path, err)
+		}
+	}
+	if err := validDomain(c.TrustDomain); err != nil {
+		return err
+	}
+	for id := range c.Agents {
+		if err := validID(id, c.TrustDomain); err != nil {
+			return fmt.Errorf("Agents: %w", err)
+		}
+	}
+	return validBackend(c.Backend, c.PlainBackend)
+}
+
+// exchange is what a gate knows about one request.
+type exchange struct {
+	peer      *client
+	route     *Route
+	path      map[string]string // the route's fields as the request's path has them
+	compact   string
+	forwarded bool
+}
+
+type exchangeKey struct{}
+
+func exchangeOf(ctx context.Context) *exchange {
+	x, _ := ctx.Value(exchangeKey{}).(*exchange)
+	return x
+}
+
+// ServeHTTP implements http.Handler.
+func (g *Gate) ServeHTTP(w http.ResponseWriter, req *http.Request) {
+	x := &exchange{}
+	out := &response{ResponseWriter: w}
+	defer g.report(req, x, out, time.Now()) // also when the proxy aborts
+
+	// 1. The client's certificate, again at each request: a connection outlives
+	// a revocation.
+	var err error
+	if x.peer, err = g.peer(req); err != nil {
+		write(out, err)
+		return
+	}
+	// 2. May it come, and from there?
+	if err := g.admit(x.peer); err != nil {
+		write(out, err)
+		return
+	}
+	// 3. What the signature does not cover has one form.
+	if x.route, x.path, err = g.match(req); err != nil {
+		write(out, err)
+		return
+	}
+	// 4. The signed action. The context carries the peer to peerBound.
+	x.compact = req.Header.Get(verify.Header)
+	g.checked.ServeHTTP(out, req.WithContext(context.WithValue(req.Context(), exchangeKey{}, x)))
+}
+
+// accepted goes on with a request whose action the receiver accepted. A refusal
+// from here on costs the agent its action: it is the agent's own contradiction,
+// since nobody else can bring the action here.
+func (g *Gate) accepted(w http.ResponseWriter, req *http.Request) {
+	x := exchangeOf(req.Context())
+	v, ok := verify.FromContext(req.Context())
+	if !ok || x == nil {
+		write(w, errors.New("no action was accepted")) // cannot be: the receiver calls this
+		return
+	}
+	// 5. The message is the action that was signed (check 10 of docs/protocol.md).
+	body, err := io.ReadAll(req.Body)
+	if err != nil {
+		write(w, err)
+		return
+	}
+	req.Body = io.NopCloser(bytes.NewReader(body))
+	if err := x.route.agrees(v.Action, x.path, body); err != nil {
+		write(w, err)
+		return
+	}
+	// 6. Kept before it is acted on.
+	if g.c.Record != nil {
+		if err := g.c.Record(req.Context(), v, x.compact); err != nil {
+			g.log.ErrorContext(req.Context(), "recording failed", "action", v.Statement.ID, "error", err)
+			write(w, refuse(ReasonRecord, "the action could not be recorded"))
+			return
+		}
+	}
+	// 7. Forwarded. The action is used up, so it goes to the backend even if the
+	// client does not wait for the answer.
+	ctx, cancel := context.WithTimeout(context.WithoutCancel(req.Context()), g.c.BackendTimeout)
+	defer cancel()
+	x.forwarded = true
+	g.proxy.ServeHTTP(w, req.WithContext(ctx))
+}
