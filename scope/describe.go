@@ -53,7 +53,9 @@ func (s *Scope) Describe() []string {
 	}
 	for _, q := range d.OrderQty {
 		what := q.Instrument
-		if what == "*" {
+		if what == "*" && len(d.OrderQty) == 1 {
+			what = "any instrument"
+		} else if what == "*" {
 			what = "any other instrument"
 		}
 		add("An order in %s is for at most %s%s.", what, q.Qty, q.Block.describe())

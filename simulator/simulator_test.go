@@ -1,8 +1,16 @@
 package simulator_test
 
 import (
+	"bytes"
+	"context"
+	"errors"
+	"fmt"
 	"os"
+	"os/exec"
+	"strings"
 	"testing"
+
+	"golang.org/x/sys/unix"
 
 	"inkan/simulator"
 )
@@ -30,5 +38,93 @@ func TestSoftHSM(t *testing.T) {
 	}
 	if fi.Mode().Perm() != 0o600 {
 		t.Errorf("PIN file has mode %v", fi.Mode())
+	}
+}
+
+// TestNeverLeftBehind: the TPM ends with the process that started it, even if
+// that is killed.
+func TestNeverLeftBehind(t *testing.T) {
+	cmd := exec.Command(os.Args[0])
+	cmd.Env = append(os.Environ(), "INKAN_SIMULATOR_DIR="+t.TempDir())
+	out, err := cmd.StdoutPipe()
+	if err != nil {
+		t.Fatal(err)
+	}
+	if err := cmd.Start(); err != nil {
+		t.Fatal(err)
+	}
+	var pid int
+	if _, err := fmt.Fscan(out, &pid); err != nil {
+		t.Fatal(err)
+	}
+	fd, err := unix.PidfdOpen(pid, 0)
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer unix.Close(fd)
+	if err := cmd.Process.Kill(); err != nil {
+		t.Fatal(err)
+	}
+	_ = cmd.Wait() // it was killed
+	poll := []unix.PollFd{{Fd: int32(fd), Events: unix.POLLIN}}
+	if n, err := unix.Poll(poll, 10_000); err != nil || n != 1 {
+		t.Errorf("swtpm %d is still there after ten seconds: %v", pid, err)
+	}
+}
+
+func TestMain(m *testing.M) {
+	if dir := os.Getenv("INKAN_SIMULATOR_DIR"); dir != "" {
+		s, err := simulator.StartTPM(context.Background(), dir)
+		if err != nil {
+			fmt.Fprintln(os.Stderr, err)
+			os.Exit(1)
+		}
+		fmt.Println(s.PID())
+		select {}
+	}
+	os.Exit(m.Run())
+}
+
+// TestStateIsKept: a restart keeps the endorsement key, a power cycle zeroes PCRs.
+func TestStateIsKept(t *testing.T) {
+	s := simulator.TPMForTest(t)
+	if err := s.ExtendPCR(7, []byte("x")); err != nil {
+		t.Fatal(err)
+	}
+	before, err := os.ReadFile(s.RootsFile())
+	if err != nil {
+		t.Fatal(err)
+	}
+	if err := errors.Join(s.Close(), s.Restart()); err != nil {
+		t.Fatal(err)
+	}
+	again, err := simulator.StartTPM(t.Context(), t.TempDir())
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer again.Kill()
+	other, err := os.ReadFile(again.RootsFile())
+	if err != nil {
+		t.Fatal(err)
+	}
+	after, err := os.ReadFile(s.RootsFile())
+	if err != nil {
+		t.Fatal(err)
+	}
+	if !bytes.Equal(before, after) || bytes.Equal(before, other) {
+		t.Error("roots are not kept, or two TPMs share one")
+	}
+}
+
+func TestLongPath(t *testing.T) {
+	if _, err := simulator.StartTPM(t.Context(), "/tmp/"+strings.Repeat("x", 120)); err == nil || !strings.Contains(err.Error(), "too long") {
+		t.Errorf("got %v", err)
+	}
+}
+
+func TestMissingTool(t *testing.T) {
+	t.Setenv("PATH", t.TempDir())
+	if _, err := simulator.StartTPM(t.Context(), t.TempDir()); !errors.Is(err, simulator.ErrMissing) || !strings.Contains(err.Error(), "apt-get install swtpm swtpm-tools") {
+		t.Errorf("got %v", err)
 	}
 }

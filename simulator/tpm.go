@@ -135,7 +135,13 @@ func (t *TPM) Restart() error {
 		return err
 	}
 	t.child = c
-	return c.waitFor(func() bool { _, err := os.Stat(t.Address); return err == nil })
+	return c.waitFor(func() bool { // the path is there before anybody listens
+		conn, err := net.DialTimeout("unix", t.Address, time.Second)
+		if err == nil {
+			_ = conn.Close()
+		}
+		return err == nil
+	})
 }
 
 func (t *TPM) control() string { return t.Address + ".ctrl" }
