@@ -45,9 +45,9 @@ func passing(more []string) ([]string, error) {
 		read := strings.ReplaceAll(strings.ToLower(name), "_", "-")
 		switch {
 		case strings.HasPrefix(read, "agent-") || strings.HasPrefix(read, "x-forwarded-") || read == "forwarded":
-			return nil, fmt.Errorf("Headers: %q is the gate's to set", n)
+			return nil, fmt.Errorf("config of headers: %q is the gate's to set", n)
 		case slices.Contains([]string{"", "connection", "content-encoding", "content-length", "expect", "host", "keep-alive", "proxy-connection", "te", "trailer", "transfer-encoding", "upgrade"}, read):
-			return nil, fmt.Errorf("Headers: %q belongs to the connection", n)
+			return nil, fmt.Errorf("config of headers: %q belongs to the connection", n)
 		}
 		names = append(names, name)
 	}
@@ -56,7 +56,7 @@ func passing(more []string) ([]string, error) {
 
 func validBackend(u *url.URL, plain bool) error {
 	if u == nil || u.Host == "" || u.User != nil || u.RawQuery != "" || u.Fragment != "" || u.RawPath != "" {
-		return errors.New("Backend is not a URL such as https://backend:8443, without user, query and fragment")
+		return errors.New("the backend is not a URL such as https://backend:8443, without user, query and fragment")
 	}
 	switch u.Scheme {
 	case "https":
@@ -66,9 +66,9 @@ func validBackend(u *url.URL, plain bool) error {
 		if plain || u.Hostname() == "localhost" || err == nil && a.IsLoopback() {
 			return nil
 		}
-		return fmt.Errorf("Backend: http to %s, which is not this host: use https, or set PlainBackend", u.Host)
+		return fmt.Errorf("backend: http to %s, which is not this host: use https, or set PlainBackend", u.Host)
 	}
-	return fmt.Errorf("Backend: %q is not http or https", u.Scheme)
+	return fmt.Errorf("backend: %q is not http or https", u.Scheme)
 }
 
 func (g *Gate) reverseProxy() *httputil.ReverseProxy {

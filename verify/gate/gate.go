@@ -147,7 +147,7 @@ func (c *Config) complete() error {
 	case c.GetCertificate == nil:
 		return errors.New("GetCertificate is missing")
 	case len(c.Routes) == 0:
-		return errors.New("Routes is empty: nothing would pass")
+		return errors.New("no route is given: nothing would pass")
 	}
 	for i := range c.Routes {
 		if err := c.Routes[i].validate(); err != nil {
@@ -159,7 +159,7 @@ func (c *Config) complete() error {
 	}
 	for id := range c.Agents {
 		if err := validID(id, c.TrustDomain); err != nil {
-			return fmt.Errorf("Agents: %w", err)
+			return fmt.Errorf("config of agents: %w", err)
 		}
 	}
 	return validBackend(c.Backend, c.PlainBackend)
