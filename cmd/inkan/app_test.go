@@ -1,0 +1,124 @@
+package main
+
+import (
+	"bytes"
+	"context"
+	"encoding/json"
+	"os"
+	"path/filepath"
+	"strings"
+	"testing"
+
+	"github.com/urfave/cli/v2"
+)
+
+// call runs the command as main does.
+func call(stdin string, args ...string) (code int, stdout, stderr string) {
+	var out, errs bytes.Buffer
+	code = run(context.Background(), append([]string{"inkan"}, args...), &env{stdin: strings.NewReader(stdin), stdout: &out, stderr: &errs})
+	return code, out.String(), errs.String()
+}
+
+func TestUsage(t *testing.T) {
+	for _, c := range []struct {
+		args []string
+		want string
+	}{
+		{[]string{"nonsense"}, "unknown command"},
+		{[]string{"scope", "nonsense"}, "unknown command"},
+		{[]string{"scope", "check", "file"}, "takes flags only"},
+		{[]string{"scope", "check"}, "--scope is missing"},
+		{[]string{"scope", "check", "--nonsense"}, "flag provided but not defined"},
+		{[]string{"sign"}, "--action is missing"},
+		{[]string{"verify", "--ca", "x", "--jws", "y"}, "--audience is missing"},
+		{[]string{"verify", "--ca", "../../examples/order.json", "--jws", "y", "--audience", "XPAR", "--crl", "a", "--no-revocation"}, ""},
+		{[]string{"tpm", "pcrs", "--pcr", "sha256"}, "is an example"},
+		{[]string{"tpm", "pcrs", "--pcr", "sha256:16"}, "can be reset"},
+		{[]string{"issuer", "device", "add"}, "--id is missing"},
+	} {
+		code, out, errs := call("", c.args...)
+		if c.want == "" {
+			if code == 0 {
+				t.Errorf("%v: exit code 0", c.args)
+			}
+			continue
+		}
+		if code != exitUsage || !strings.Contains(errs, c.want) || out != "" {
+			t.Errorf("%v: exit code %d, stderr %q, stdout %q; want 2 and %q", c.args, code, errs, out, c.want)
+		}
+	}
+}
+
+// TestEveryCommandHasHelp: each command says what it does, and its help works.
+func TestEveryCommandHasHelp(t *testing.T) {
+	var walk func(path []string, list []*cli.Command)
+	walk = func(path []string, list []*cli.Command) {
+		for _, c := range list {
+			p := append(append([]string(nil), path...), c.Name)
+			if c.Usage == "" {
+				t.Errorf("%v has no usage", p)
+			}
+			if code, out, errs := call("", append(p, "--help")...); code != 0 || !strings.Contains(out, c.Usage) {
+				t.Errorf("%v --help: exit code %d: %s%s", p, code, out, errs)
+			}
+			walk(p, c.Subcommands)
+		}
+	}
+	walk(nil, commands(&env{}))
+}
+
+func TestScopeCommands(t *testing.T) {
+	code, out, errs := call("", "scope", "check", "--scope", "../../examples/scope.yaml", "--action", "../../examples/order.json", "--json")
+	if code != 0 || !strings.Contains(out, `"decision":"permit"`) || !strings.Contains(out, `"notional":"24496"`) {
+		t.Errorf("exit code %d: %s%s", code, out, errs)
+	}
+	b, err := os.ReadFile("../../examples/order.json")
+	if err != nil {
+		t.Fatal(err)
+	}
+	big := filepath.Join(t.TempDir(), "big.json")
+	if err := os.WriteFile(big, bytes.Replace(b, []byte(`"400"`), []byte(`"5000"`), 1), 0o600); err != nil {
+		t.Fatal(err)
+	}
+	code, out, errs = call("", "scope", "explain", "--scope", "../../examples/scope.yaml", "--action", big)
+	if code != exitRefused || !strings.Contains(out, "max_order_qty: the quantity is 5000, at most 1000 is allowed: 4000 too much") || !strings.Contains(out, "max_order_notional: ") {
+		t.Errorf("exit code %d: %s%s", code, out, errs)
+	}
+	code, out, _ = call("", "scope", "explain", "--scope", "../../examples/scope.yaml")
+	if code != 0 || !strings.Contains(out, "An order is worth at most 25000 EUR.") {
+		t.Errorf("exit code %d: %s", code, out)
+	}
+	code, out, _ = call("", "scope", "canonical", "--scope", "../../examples/scope.yaml")
+	if code != 0 || !json.Valid([]byte(out)) {
+		t.Errorf("exit code %d: %s", code, out)
+	}
+	code, _, _ = call("", "scope", "contains", "--scope", "../../examples/scope.yaml", "--inner", "../../examples/scope.yaml")
+	if code != 0 {
+		t.Errorf("a scope does not contain itself: exit code %d", code)
+	}
+	for _, of := range []string{"scope", "action", "statement"} {
+		if code, out, _ := call("", "scope", "schema", "--of", of); code != 0 || !json.Valid([]byte(out)) {
+			t.Errorf("schema of %s: exit code %d", of, code)
+		}
+	}
+}
+
+// TestSecretsStayOut: no flag takes a secret.
+func TestSecretsStayOut(t *testing.T) {
+	var walk func(list []*cli.Command)
+	walk = func(list []*cli.Command) {
+		for _, c := range list {
+			for _, f := range c.Flags {
+				for _, n := range f.Names() {
+					for _, bad := range []string{"pin", "password", "secret", "auth"} {
+						if n == bad {
+							t.Errorf("%s --%s would show in a process listing", c.Name, n)
+						}
+					}
+				}
+			}
+			walk(c.Subcommands)
+		}
+	}
+	walk(commands(&env{}))
+}
