@@ -121,7 +121,7 @@ type Log struct {
 }
 
 type statements struct {
-	leaf, signature, hash, head, find, certificate, readHash *sql.Stmt
+	begin, commit, leaf, signature, hash, head, find, certificate, readHash *sql.Stmt
 }
 
 // Open opens or makes the log at path. One process has it open at a time
@@ -182,6 +182,8 @@ func (l *Log) prepare(ctx context.Context) error {
 		to  **sql.Stmt
 		sql string
 	}{
+		{&l.stmt.begin, "BEGIN IMMEDIATE"},
+		{&l.stmt.commit, "COMMIT"},
 		{&l.stmt.leaf, "INSERT INTO leaf(counter, id, payload, statement) VALUES(?, ?, ?, ?)"},
 		{&l.stmt.signature, "INSERT OR IGNORE INTO signature(counter, jws) VALUES(?, ?)"},
 		{&l.stmt.hash, "INSERT INTO hash(idx, hash) VALUES(?, ?)"},

@@ -4,13 +4,14 @@ import (
 	"bytes"
 	"context"
 	"crypto/sha256"
-	"database/sql"
 	"errors"
 	"fmt"
 	"sync/atomic"
 	"time"
 
 	"golang.org/x/mod/sumdb/tlog"
+	"modernc.org/sqlite"
+	sqlite3 "modernc.org/sqlite/lib"
 
 	"inkan/scope"
 )
@@ -241,8 +242,7 @@ func (l *Log) commit(group []*request) {
 
 func (l *Log) transact(group []*request) (Head, error) {
 	head := l.Head()
-	ctx := context.Background()
-	if _, err := l.conn.ExecContext(ctx, "BEGIN IMMEDIATE"); err != nil {
+	if _, err := l.stmt.begin.Exec(); err != nil {
 		return head, err
 	}
 	fresh := make(map[int64]tlog.Hash) // hashes of this transaction
@@ -273,7 +273,7 @@ func (l *Log) transact(group []*request) (Head, error) {
 			return head, l.rollback(err)
 		}
 	}
-	if _, err := l.conn.ExecContext(ctx, "COMMIT"); err != nil {
+	if _, err := l.stmt.commit.Exec(); err != nil {
 		return head, l.rollback(err)
 	}
 	return head, nil
@@ -289,23 +289,6 @@ func (l *Log) rollback(err error) error {
 // entry adds one entry, or answers from the one that has the id. Only errors
 // of the database are returned; the request's own go to the request.
 func (l *Log) entry(r *request, head *Head, fresh map[int64]tlog.Hash) (added bool, err error) {
-	if r.action != nil {
-		var counter uint64
-		var payload, statement []byte
-		var jws string
-		err := l.stmt.find.QueryRow(r.action.ID).Scan(&counter, &payload, &statement, &jws)
-		switch {
-		case err == nil:
-			if !bytes.Equal(payload, r.payload[:]) {
-				r.err = ErrConflict
-			} else if r.err = decisionOf(statement); r.err == nil {
-				r.receipt = &Receipt{statement: statement, counter: counter, id: r.action.ID, repeated: true, signed: jws}
-			}
-			return false, nil
-		case !errors.Is(err, sql.ErrNoRows):
-			return false, err
-		}
-	}
 	statement, at, err := l.statement(r, *head)
 	if err != nil {
 		r.err = err // it cannot be written down, so it is not done
@@ -317,6 +300,9 @@ func (l *Log) entry(r *request, head *Head, fresh map[int64]tlog.Hash) (added bo
 		id = r.action.ID
 	}
 	if _, err := l.stmt.leaf.Exec(int64(counter), id, r.payload[:], statement); err != nil {
+		if e, ok := errors.AsType[*sqlite.Error](err); ok && e.Code() == sqlite3.SQLITE_CONSTRAINT_UNIQUE {
+			return false, l.known(r)
+		}
 		return false, err
 	}
 	hashes, err := tlog.StoredHashesForRecordHash(int64(head.Size), tlog.RecordHash(statement), l.readHashes(fresh))
@@ -335,6 +321,22 @@ func (l *Log) entry(r *request, head *Head, fresh map[int64]tlog.Hash) (added bo
 		r.receipt = &Receipt{statement: statement, counter: counter, id: r.action.ID}
 	}
 	return true, nil
+}
+
+// known answers a request whose action id stands in the record.
+func (l *Log) known(r *request) error {
+	var counter uint64
+	var payload, statement []byte
+	var jws string
+	if err := l.stmt.find.QueryRow(r.action.ID).Scan(&counter, &payload, &statement, &jws); err != nil {
+		return err
+	}
+	if !bytes.Equal(payload, r.payload[:]) {
+		r.err = ErrConflict
+	} else if r.err = decisionOf(statement); r.err == nil {
+		r.receipt = &Receipt{statement: statement, counter: counter, id: r.action.ID, repeated: true, signed: jws}
+	}
+	return nil
 }
 
 // statement builds the entry's bytes from the parsed action.

@@ -146,7 +146,7 @@ func executables(t *testing.T) (self, other string) {
 	return self, other
 }
 
-func start(t *testing.T, agents string) *desk {
+func start(t testing.TB, agents string) *desk {
 	t.Helper()
 	dir, err := os.MkdirTemp("", "signer") // short, for the socket; others may enter it
 	if err != nil {
@@ -445,4 +445,36 @@ func decimal(t *testing.T, s string) scope.Decimal {
 		t.Fatal(err)
 	}
 	return d
+}
+
+// BenchmarkAction is an action through the socket with a key in software: all
+// that the signer adds to its device.
+func BenchmarkAction(b *testing.B) {
+	self, err := os.Executable()
+	if err != nil {
+		b.Fatal(err)
+	}
+	for _, clients := range []int{1, 16} {
+		b.Run(fmt.Sprint(clients), func(b *testing.B) {
+			d := start(b, agent("a", self))
+			c := client.New(d.socket)
+			b.SetParallelism(max(1, clients/2))
+			if clients == 1 {
+				for b.Loop() {
+					if _, err := c.SignJSON(b.Context(), order(client.NewID())); err != nil {
+						b.Fatal(err)
+					}
+				}
+				return
+			}
+			b.RunParallel(func(pb *testing.PB) {
+				for pb.Next() {
+					if _, err := c.SignJSON(b.Context(), order(client.NewID())); err != nil {
+						b.Error(err)
+						return
+					}
+				}
+			})
+		})
+	}
 }
