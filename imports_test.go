@@ -18,6 +18,7 @@ var allowed = map[string][]string{
 	"audit":               {"scope", "internal/certext", "internal/jws", "golang.org/x/mod", "golang.org/x/sys", "modernc.org/sqlite"},
 	"cmd/inkan":           {"*"},
 	"cmd/inkan-sim":       {"*", "simulator"},
+	"hsm":                 {"internal/strictjson", "github.com/ThalesGroup/crypto11", "github.com/miekg/pkcs11"},
 	"internal/attester":   {"attest", "tpm", "internal/problem", "internal/strictjson"},
 	"internal/certext":    {"internal/strictjson"},
 	"internal/durable":    {},

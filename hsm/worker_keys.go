@@ -1,0 +1,278 @@
+//go:build cgo
+
+package hsm
+
+import (
+	"crypto/ecdsa"
+	"crypto/ed25519"
+	"crypto/elliptic"
+	"crypto/rsa"
+	"crypto/x509"
+	"encoding/asn1"
+	"errors"
+	"fmt"
+	"math/big"
+
+	"github.com/ThalesGroup/crypto11"
+	"github.com/miekg/pkcs11"
+)
+
+// Ed25519 in PKCS#11 v3.0, sections 2.3.5 and 2.3.14; the Go module has v2.40's names.
+const (
+	ckkECEdwards       = 0x40
+	ckmEdwardsKeyPair  = 0x1055
+	ckmEdDSA           = 0x1057
+	maxObjects         = maxKeys + 1
+	edwards25519Params = "\x13\x0cedwards25519" // PrintableString curveName
+)
+
+func (w *worker) objects(s pkcs11.SessionHandle, classOf uint, id []byte) ([]pkcs11.ObjectHandle, error) {
+	t := []*pkcs11.Attribute{pkcs11.NewAttribute(pkcs11.CKA_CLASS, classOf)}
+	if id != nil {
+		t = append(t, pkcs11.NewAttribute(pkcs11.CKA_ID, id))
+	}
+	if err := w.p11.FindObjectsInit(s, t); err != nil {
+		return nil, err
+	}
+	list, _, err := w.p11.FindObjects(s, maxObjects)
+	if end := w.p11.FindObjectsFinal(s); err == nil {
+		err = end
+	}
+	return list, err
+}
+
+// find looks for the one key pair with this CKA_ID. Duplicates are refused:
+// which of two keys would sign is then the token's whim.
+func (w *worker) find(s pkcs11.SessionHandle, id []byte) ([]Attributes, error) {
+	priv, err := w.objects(s, pkcs11.CKO_PRIVATE_KEY, id)
+	if err != nil {
+		return nil, err
+	}
+	if len(priv) != 1 {
+		return nil, fmt.Errorf("%w: %d private keys have CKA_ID %x, exactly one must", errMissing, len(priv), id)
+	}
+	a, kind, err := w.read(s, priv[0])
+	if err != nil {
+		return nil, err
+	}
+	w.mu.Lock()
+	w.found[string(id)] = found{priv[0], kind}
+	w.mu.Unlock()
+	return []Attributes{*a}, nil
+}
+
+func (w *worker) list(s pkcs11.SessionHandle) ([]Attributes, error) {
+	priv, err := w.objects(s, pkcs11.CKO_PRIVATE_KEY, nil)
+	if err != nil {
+		return nil, err
+	}
+	if len(priv) > maxKeys {
+		return nil, fmt.Errorf("the token has more than %d private keys", maxKeys)
+	}
+	var out []Attributes
+	for _, h := range priv {
+		a, _, err := w.read(s, h)
+		if _, ok := errors.AsType[pkcs11.Error](err); ok {
+			return nil, err
+		}
+		if err == nil { // keys of kinds that are not signed with are not listed
+			out = append(out, *a)
+		}
+	}
+	return out, nil
+}
+
+// read returns what the token says of a private key, with the public key that
+// has the same CKA_ID.
+func (w *worker) read(s pkcs11.SessionHandle, h pkcs11.ObjectHandle) (*Attributes, uint, error) {
+	got, err := w.p11.GetAttributeValue(s, h, []*pkcs11.Attribute{
+		pkcs11.NewAttribute(pkcs11.CKA_ID, nil), pkcs11.NewAttribute(pkcs11.CKA_LABEL, nil), pkcs11.NewAttribute(pkcs11.CKA_KEY_TYPE, nil),
+	})
+	if err != nil {
+		return nil, 0, err
+	}
+	if len(got[0].Value) > maxID || len(got[1].Value) > 256 {
+		return nil, 0, errors.New("a key's CKA_ID or CKA_LABEL is too long")
+	}
+	kind := number(got[2].Value)
+	a := &Attributes{ID: got[0].Value, Label: fmt.Sprintf("%+q", got[1].Value)}
+	a.Label = a.Label[1 : len(a.Label)-1]
+	for attr, field := range map[uint]**bool{
+		pkcs11.CKA_SENSITIVE: &a.Sensitive, pkcs11.CKA_EXTRACTABLE: &a.Extractable, pkcs11.CKA_ALWAYS_SENSITIVE: &a.AlwaysSensitive,
+		pkcs11.CKA_NEVER_EXTRACTABLE: &a.NeverExtractable, pkcs11.CKA_LOCAL: &a.Local,
+	} {
+		// One by one: a token that does not know one of them fails the whole call.
+		v, err := w.p11.GetAttributeValue(s, h, []*pkcs11.Attribute{pkcs11.NewAttribute(attr, nil)})
+		if code, ok := errors.AsType[pkcs11.Error](err); ok && code != pkcs11.CKR_ATTRIBUTE_TYPE_INVALID {
+			return nil, 0, err
+		}
+		if err == nil && len(v) == 1 && len(v[0].Value) == 1 {
+			b := v[0].Value[0] != 0
+			*field = &b
+		}
+	}
+	a.SPKI, err = w.public(s, a.ID, kind)
+	return a, kind, err
+}
+
+func (w *worker) public(s pkcs11.SessionHandle, id []byte, kind uint) ([]byte, error) {
+	pubs, err := w.objects(s, pkcs11.CKO_PUBLIC_KEY, id)
+	if err != nil {
+		return nil, err
+	}
+	if len(pubs) != 1 {
+		return nil, fmt.Errorf("%w: %d public keys have CKA_ID %x, exactly one must", errMissing, len(pubs), id)
+	}
+	two := []uint{pkcs11.CKA_EC_PARAMS, pkcs11.CKA_EC_POINT}
+	if kind == pkcs11.CKK_RSA {
+		two = []uint{pkcs11.CKA_MODULUS, pkcs11.CKA_PUBLIC_EXPONENT}
+	}
+	v, err := w.p11.GetAttributeValue(s, pubs[0], []*pkcs11.Attribute{pkcs11.NewAttribute(two[0], nil), pkcs11.NewAttribute(two[1], nil)})
+	if err != nil {
+		return nil, err
+	}
+	if kind == pkcs11.CKK_RSA {
+		e := new(big.Int).SetBytes(v[1].Value)
+		if !e.IsInt64() || e.Int64() > 1<<31-1 || len(v[0].Value) > 1024 {
+			return nil, errors.New("RSA key with an exponent or modulus that is too large")
+		}
+		return x509.MarshalPKIXPublicKey(&rsa.PublicKey{N: new(big.Int).SetBytes(v[0].Value), E: int(e.Int64())})
+	}
+	var point []byte // a DER OCTET STRING around the point (PKCS#11 v2.40 mechanisms, section 2.3.3)
+	if rest, err := asn1.Unmarshal(v[1].Value, &point); err != nil || len(rest) > 0 {
+		point = v[1].Value // some tokens give it bare
+	}
+	if kind == ckkECEdwards {
+		if len(point) != ed25519.PublicKeySize {
+			return nil, errors.New("Edwards key that is not Ed25519")
+		}
+		return x509.MarshalPKIXPublicKey(ed25519.PublicKey(point))
+	}
+	var curve elliptic.Curve
+	switch string(v[0].Value) {
+	case oidP256:
+		curve = elliptic.P256()
+	case oidP384:
+		curve = elliptic.P384()
+	default:
+		return nil, errors.New("key of a kind that is not supported")
+	}
+	pub, err := ecdsa.ParseUncompressedPublicKey(curve, point)
+	if err != nil {
+		return nil, err
+	}
+	return x509.MarshalPKIXPublicKey(pub)
+}
+
+// Curve OIDs in DER.
+const (
+	oidP256 = "\x06\x08\x2a\x86\x48\xce\x3d\x03\x01\x07"
+	oidP384 = "\x06\x05\x2b\x81\x04\x00\x22"
+)
+
+// generate makes a key pair and returns it as read back from the token.
+func (w *worker) generate(s pkcs11.SessionHandle, q *request) ([]Attributes, error) {
+	if len(q.Key) == 0 || len(q.Key) > maxID || len(q.Label) > 256 {
+		return nil, errors.New("a key needs a CKA_ID of 1 to 64 bytes and a label of at most 256")
+	}
+	if old, err := w.objects(s, pkcs11.CKO_PRIVATE_KEY, q.Key); err != nil {
+		return nil, err
+	} else if len(old) > 0 {
+		return nil, fmt.Errorf("the token has a key with CKA_ID %x already", q.Key)
+	}
+	pub, err := crypto11.NewAttributeSetWithIDAndLabel(q.Key, []byte(q.Label))
+	if err != nil {
+		return nil, err
+	}
+	priv := pub.Copy()
+	private := map[uint]bool{
+		pkcs11.CKA_TOKEN: true, pkcs11.CKA_PRIVATE: true, pkcs11.CKA_SENSITIVE: true, pkcs11.CKA_EXTRACTABLE: false, pkcs11.CKA_SIGN: true,
+		// Tokens turn these on unless told otherwise.
+		pkcs11.CKA_DECRYPT: false, pkcs11.CKA_UNWRAP: false, pkcs11.CKA_MODIFIABLE: false, pkcs11.CKA_COPYABLE: false,
+	}
+	for attr, v := range private {
+		if err := priv.Set(attr, v); err != nil {
+			return nil, err
+		}
+	}
+	switch q.Algorithm {
+	case P256, P384:
+		curve := elliptic.P256()
+		if q.Algorithm == P384 {
+			curve = elliptic.P384()
+		}
+		_, err = w.c11.GenerateECDSAKeyPairWithAttributes(pub, priv, curve)
+	case RSA2048, RSA3072, RSA4096:
+		bits := map[Algorithm]int{RSA2048: 2048, RSA3072: 3072, RSA4096: 4096}[q.Algorithm]
+		_, err = w.c11.GenerateRSAKeyPairWithAttributes(pub, priv, bits)
+	case Ed25519:
+		err = pub.Set(pkcs11.CKA_EC_PARAMS, []byte(edwards25519Params))
+		if err == nil {
+			err = errors.Join(pub.Set(pkcs11.CKA_TOKEN, true), pub.Set(pkcs11.CKA_VERIFY, true))
+		}
+		if err == nil { // crypto11 has no Ed25519
+			_, _, err = w.p11.GenerateKeyPair(s, []*pkcs11.Mechanism{pkcs11.NewMechanism(ckmEdwardsKeyPair, nil)}, pub.ToSlice(), priv.ToSlice())
+		}
+	default:
+		return nil, fmt.Errorf("unknown algorithm %.16q", string(q.Algorithm))
+	}
+	if err != nil {
+		return nil, err
+	}
+	return w.find(s, q.Key)
+}
+
+// number reads a CK_ULONG, which has the host's byte order and size.
+func number(b []byte) uint {
+	var n uint
+	for i := len(b) - 1; i >= 0; i-- {
+		n = n<<8 | uint(b[i])
+	}
+	return n
+}
+
+// sign signs the input with a key that find has found in this process.
+func (w *worker) sign(s pkcs11.SessionHandle, q *request) ([]byte, error) {
+	w.mu.Lock()
+	k, ok := w.found[string(q.Key)]
+	w.mu.Unlock()
+	if !ok {
+		return nil, pkcs11.Error(ckrKeyHandleInvalid) // looked up anew by the caller
+	}
+	var m *pkcs11.Mechanism
+	switch {
+	case q.Scheme == schemeECDSA && k.kind == pkcs11.CKK_EC:
+		m = pkcs11.NewMechanism(pkcs11.CKM_ECDSA, nil)
+	case q.Scheme == schemePKCS1 && k.kind == pkcs11.CKK_RSA:
+		m = pkcs11.NewMechanism(pkcs11.CKM_RSA_PKCS, nil)
+	case q.Scheme == schemePSS && k.kind == pkcs11.CKK_RSA:
+		var p []byte
+		switch q.Hash { // salt as long as the digest
+		case "SHA-256":
+			p = pkcs11.NewPSSParams(pkcs11.CKM_SHA256, pkcs11.CKG_MGF1_SHA256, 32)
+		case "SHA-384":
+			p = pkcs11.NewPSSParams(pkcs11.CKM_SHA384, pkcs11.CKG_MGF1_SHA384, 48)
+		case "SHA-512":
+			p = pkcs11.NewPSSParams(pkcs11.CKM_SHA512, pkcs11.CKG_MGF1_SHA512, 64)
+		default:
+			return nil, fmt.Errorf("unknown hash %.16q", q.Hash)
+		}
+		m = pkcs11.NewMechanism(pkcs11.CKM_RSA_PKCS_PSS, p)
+	case q.Scheme == schemeEdDSA && k.kind == ckkECEdwards:
+		m = pkcs11.NewMechanism(ckmEdDSA, nil)
+	default:
+		return nil, fmt.Errorf("a key of type %#x does not sign by %.16q", k.kind, q.Scheme)
+	}
+	if err := w.p11.SignInit(s, []*pkcs11.Mechanism{m}, k.handle); err != nil {
+		return nil, err
+	}
+	sig, err := w.p11.Sign(s, q.Input)
+	if err != nil || q.Scheme != schemeECDSA {
+		return sig, err
+	}
+	if len(sig) == 0 || len(sig)%2 != 0 {
+		return nil, errors.New("the token returned a malformed ECDSA signature")
+	}
+	n := len(sig) / 2 // r || s (PKCS#11 v2.40 mechanisms, section 2.3.1); the rest of the world uses DER
+	return asn1.Marshal(struct{ R, S *big.Int }{new(big.Int).SetBytes(sig[:n]), new(big.Int).SetBytes(sig[n:])})
+}
