@@ -24,7 +24,7 @@ var allowed = map[string][]string{
 	"internal/durable":    {},
 	"internal/forge":      {"attest", "internal/attester", "github.com/google/go-tpm"},
 	"internal/jws":        {"internal/strictjson"},
-	"internal/keyuri":     {"tpm"},
+	"internal/keyuri":     {"hsm", "tpm"},
 	"internal/problem":    {"internal/strictjson"},
 	"internal/strictjson": {"github.com/go-json-experiment/json", "go.yaml.in/yaml/v3"},
 	"internal/testca":     {"internal/certext"},

@@ -2,7 +2,11 @@ package attest
 
 import (
 	"bytes"
+	"crypto"
 	"crypto/ecdsa"
+	"crypto/ed25519"
+	"crypto/elliptic"
+	"crypto/rsa"
 	"crypto/sha256"
 	"crypto/subtle"
 	"crypto/x509"
@@ -44,10 +48,11 @@ type Expectation struct {
 // CertifiedKey is a key that Appraise found in the device.
 type CertifiedKey struct {
 	Purpose    string
-	PublicKey  *ecdsa.PublicKey
+	Protection string // ProtectionHSM, or empty: in the TPM
+	PublicKey  crypto.PublicKey
 	CSR        *x509.CertificateRequest
-	Name       []byte
-	AuthPolicy []byte
+	Name       []byte // of a key in the TPM
+	AuthPolicy []byte // likewise
 }
 
 // Result shows that Appraise accepted evidence. Only Appraise makes one; the
@@ -137,7 +142,7 @@ func Appraise(x *Expectation, ev *Evidence) (*Result, error) {
 			return nil, err
 		}
 		for _, other := range r.keys {
-			if other.PublicKey.Equal(k.PublicKey) {
+			if same(other.PublicKey, k.PublicKey) {
 				return nil, refuse("K2", "one key for two purposes")
 			}
 		}
@@ -221,6 +226,12 @@ func (a *appraisal) key(want KeyRequest, ev *KeyEvidence) (*CertifiedKey, error)
 	if ev.Purpose != want.Purpose {
 		return nil, refuse("K2", "a key for %q was asked for, one for %.16q is there", want.Purpose, ev.Purpose)
 	}
+	if want.Protection == ProtectionHSM {
+		return hsmKey(want, ev)
+	}
+	if len(ev.SPKI) != 0 || ev.Certify == nil {
+		return nil, refuse("K1", "a key in the TPM was asked for, and the TPM does not certify this one")
+	}
 	public, err := decode[tpm2.TPMTPublic]("key", ev.Public)
 	if err != nil {
 		return nil, refuse("K3", "%v", err)
@@ -275,7 +286,7 @@ func (a *appraisal) template(p *tpm2.TPMTPublic, want KeyRequest) error {
 }
 
 func (a *appraisal) certified(ev *KeyEvidence, name []byte) error {
-	s, err := a.attested("K1", ev.Certify)
+	s, err := a.attested("K1", *ev.Certify)
 	if err != nil {
 		return err
 	}
@@ -302,7 +313,49 @@ func (a *appraisal) certified(ev *KeyEvidence, name []byte) error {
 	return nil
 }
 
-func checkCSR(der []byte, key *ecdsa.PublicKey) (*x509.CertificateRequest, error) {
+// hsmKey is a key in an HSM of the host. That it is in the HSM is what the
+// host declares; that this host asks for it, in this state, the quote shows (K2, Q3, G8).
+func hsmKey(want KeyRequest, ev *KeyEvidence) (*CertifiedKey, error) {
+	if len(ev.Public) != 0 || ev.Certify != nil {
+		return nil, refuse("K2", "a key in an HSM was asked for, one in the TPM is there")
+	}
+	if len(ev.SPKI) > MaxStructure {
+		return nil, refuse("K2", "the key has %d bytes, at most %d are expected", len(ev.SPKI), MaxStructure)
+	}
+	key, err := x509.ParsePKIXPublicKey(ev.SPKI)
+	if err != nil {
+		return nil, refuse("K2", "the key is malformed: %v", err)
+	}
+	if again, err := x509.MarshalPKIXPublicKey(key); err != nil || !bytes.Equal(again, ev.SPKI) {
+		return nil, refuse("K2", "the key is not in its one spelling")
+	}
+	switch k := key.(type) {
+	case *ecdsa.PublicKey:
+		if k.Curve != elliptic.P256() && k.Curve != elliptic.P384() {
+			return nil, refuse("K3", "the key is on %s, P-256 or P-384 is expected", k.Curve.Params().Name)
+		}
+	case *rsa.PublicKey:
+		if n := k.N.BitLen(); n < 2048 || n > 4096 || k.E != 65537 {
+			return nil, refuse("K3", "the key is RSA with %d bits and the exponent %d, 2048 to 4096 and 65537 are expected", n, k.E)
+		}
+	case ed25519.PublicKey:
+	default:
+		return nil, refuse("K3", "the key is of a kind that is not known")
+	}
+	csr, err := checkCSR(ev.CSR, key)
+	if err != nil {
+		return nil, err
+	}
+	return &CertifiedKey{Purpose: want.Purpose, Protection: ProtectionHSM, PublicKey: key, CSR: csr}, nil
+}
+
+// same compares keys of any kind.
+func same(a, b crypto.PublicKey) bool {
+	k, ok := a.(interface{ Equal(crypto.PublicKey) bool })
+	return ok && k.Equal(b)
+}
+
+func checkCSR(der []byte, key crypto.PublicKey) (*x509.CertificateRequest, error) {
 	if len(der) > maxCSR {
 		return nil, refuse("K2", "the certificate request has %d bytes, at most %d are expected", len(der), maxCSR)
 	}
@@ -310,7 +363,7 @@ func checkCSR(der []byte, key *ecdsa.PublicKey) (*x509.CertificateRequest, error
 	if err != nil {
 		return nil, refuse("K2", "the certificate request is malformed: %v", err)
 	}
-	if !key.Equal(csr.PublicKey) {
+	if !same(key, csr.PublicKey) {
 		return nil, refuse("K2", "the certificate request is for another key")
 	}
 	if err := csr.CheckSignature(); err != nil {

@@ -88,6 +88,18 @@ func TestAppraiseAcceptsGoodEvidence(t *testing.T) {
 	}
 }
 
+func TestAppraiseAcceptsKeyInHSM(t *testing.T) {
+	f := newFixture(t)
+	f.x.Challenge.Keys[0] = attest.KeyRequest{Purpose: attest.PurposeAction, Protection: attest.ProtectionHSM}
+	r, err := attest.Appraise(&f.x, f.evidence(t))
+	if err != nil {
+		t.Fatal(err)
+	}
+	if k := r.Keys()[0]; k.Protection != attest.ProtectionHSM || k.Name != nil {
+		t.Errorf("key = %+v", k)
+	}
+}
+
 // otherKey is a P-256 public area of another key with the same template.
 func otherKey(t testing.TB, template []byte) []byte {
 	t.Helper()
@@ -148,6 +160,9 @@ func TestForgedEvidence(t *testing.T) {
 	clock := func(old attest.Clock) func(testing.TB, *fixture) {
 		return func(_ testing.TB, f *fixture) { f.x.Clock = &old }
 	}
+	hsm := func(_ testing.TB, f *fixture) {
+		f.x.Challenge.Keys[0] = attest.KeyRequest{Purpose: attest.PurposeAction, Protection: attest.ProtectionHSM}
+	}
 	type before = func(testing.TB, *fixture)
 	type after = func(testing.TB, *fixture, *attest.Evidence)
 	for name, forged := range map[string]struct {
@@ -168,13 +183,13 @@ func TestForgedEvidence(t *testing.T) {
 			after: func(_ testing.TB, _ *fixture, ev *attest.Evidence) { ev.Secret = bytes.Repeat([]byte{8}, 32) }},
 		"A3 secret that is missing":          {before: func(_ testing.TB, f *fixture) { f.x.Secret = bytes.Repeat([]byte{9}, 32) }},
 		"A3 secret that nobody asked for":    {after: func(_ testing.TB, _ *fixture, ev *attest.Evidence) { ev.Secret = []byte{1} }},
-		"K1 certification of the wrong type": {after: func(_ testing.TB, _ *fixture, ev *attest.Evidence) { ev.Keys[0].Certify = ev.Quote }},
+		"K1 certification of the wrong type": {after: func(_ testing.TB, _ *fixture, ev *attest.Evidence) { ev.Keys[0].Certify = &ev.Quote }},
 		"K1 certification not by a TPM": {after: func(t testing.TB, f *fixture, ev *attest.Evidence) {
-			f.resign(t, &ev.Keys[0].Certify, func(b []byte) []byte { b[0] = 0; return b })
+			f.resign(t, ev.Keys[0].Certify, func(b []byte) []byte { b[0] = 0; return b })
 		}},
 		"K1 certification changed": {after: func(_ testing.TB, _ *fixture, ev *attest.Evidence) { ev.Keys[0].Certify.Attest[40] ^= 1 }},
 		"K1 certification with bytes behind": {after: func(t testing.TB, f *fixture, ev *attest.Evidence) {
-			f.resign(t, &ev.Keys[0].Certify, func(b []byte) []byte { return append(b, 0) })
+			f.resign(t, ev.Keys[0].Certify, func(b []byte) []byte { return append(b, 0) })
 		}},
 		"K1 signature of another scheme":  {after: func(_ testing.TB, _ *fixture, ev *attest.Evidence) { ev.Keys[0].Certify.Signature[1] = 0x14 }},
 		"K1 signature that is empty":      {after: func(_ testing.TB, _ *fixture, ev *attest.Evidence) { ev.Keys[0].Certify.Signature = nil }},
@@ -185,6 +200,28 @@ func TestForgedEvidence(t *testing.T) {
 		"K2 one key for two purposes": {before: func(t testing.TB, f *fixture) {
 			k, _ := ecdsa.GenerateKey(elliptic.P256(), rand.Reader)
 			f.dev.Keys["action"], f.dev.Keys["tls"] = k, k
+		}},
+		"K1 key that the TPM does not certify": {after: func(_ testing.TB, _ *fixture, ev *attest.Evidence) { ev.Keys[0].Certify = nil }},
+		"K1 key with two spellings":            {after: func(_ testing.TB, _ *fixture, ev *attest.Evidence) { ev.Keys[0].SPKI = []byte{1} }},
+		"K2 HSM key with a TPM's evidence": {after: func(_ testing.TB, f *fixture, _ *attest.Evidence) {
+			f.x.Challenge.Keys[0].Protection = attest.ProtectionHSM
+		}},
+		"K2 HSM key that is malformed":   {before: hsm, after: func(_ testing.TB, _ *fixture, ev *attest.Evidence) { ev.Keys[0].SPKI = []byte{1} }},
+		"K2 HSM request for another key": {before: func(t testing.TB, f *fixture) { hsm(t, f); f.swapCSR(t) }},
+		"Q3 HSM key that the quote does not bind": {before: hsm, after: func(t testing.TB, f *fixture, ev *attest.Evidence) {
+			k, err := ecdsa.GenerateKey(elliptic.P256(), rand.Reader)
+			if err != nil {
+				t.Fatal(err)
+			}
+			ev.Keys[0].SPKI, _ = x509.MarshalPKIXPublicKey(&k.PublicKey)
+			ev.Keys[0].CSR, _ = x509.CreateCertificateRequest(rand.Reader, &x509.CertificateRequest{}, k)
+		}},
+		"K3 HSM key that is weak": {before: hsm, after: func(t testing.TB, f *fixture, ev *attest.Evidence) {
+			k, err := ecdsa.GenerateKey(elliptic.P224(), rand.Reader)
+			if err != nil {
+				t.Fatal(err)
+			}
+			ev.Keys[0].SPKI, _ = x509.MarshalPKIXPublicKey(&k.PublicKey)
 		}},
 		"K3 key that can be moved":        {before: attributes(func(a *tpm2.TPMAObject) { a.FixedTPM = false })},
 		"K3 key whose parent can change":  {before: attributes(func(a *tpm2.TPMAObject) { a.FixedParent = false })},
@@ -218,7 +255,7 @@ func TestForgedEvidence(t *testing.T) {
 		"Q1 quote by another AK": {before: func(_ testing.TB, f *fixture) {
 			f.dev.Change = onQuote(func(s *tpm2.TPMSAttest) { s.QualifiedSigner.Buffer[5] ^= 1 })
 		}},
-		"Q2 quote of the wrong type": {after: func(_ testing.TB, _ *fixture, ev *attest.Evidence) { ev.Quote = ev.Keys[0].Certify }},
+		"Q2 quote of the wrong type": {after: func(_ testing.TB, _ *fixture, ev *attest.Evidence) { ev.Quote = *ev.Keys[0].Certify }},
 		"Q3 quote of another session": {before: func(_ testing.TB, f *fixture) {
 			f.dev.Change = onQuote(func(s *tpm2.TPMSAttest) { s.ExtraData.Buffer[0] ^= 1 })
 		}},

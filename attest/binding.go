@@ -33,9 +33,12 @@ func QuoteQualifyingData(session, nonce, binding []byte, keys []KeyEvidence) ([3
 		h.Write(part)
 	}
 	for _, k := range keys {
-		spki, err := SPKIDigest(k.Public)
-		if err != nil {
-			return [32]byte{}, err
+		spki := sha256.Sum256(k.SPKI)
+		if len(k.SPKI) == 0 {
+			var err error
+			if spki, err = SPKIDigest(k.Public); err != nil {
+				return [32]byte{}, err
+			}
 		}
 		csr := sha256.Sum256(k.CSR)
 		h.Write(spki[:])

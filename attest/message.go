@@ -44,9 +44,14 @@ type Credential struct {
 
 // KeyRequest asks for a key made from a template.
 type KeyRequest struct {
-	Purpose  string `json:"purpose"`
-	Template []byte `json:"template"` // TPMT_PUBLIC; unique is empty
+	Purpose    string `json:"purpose"`
+	Protection string `json:"protection,omitempty"` // ProtectionHSM, or empty for a key in the TPM
+	Template   []byte `json:"template,omitempty"`   // of a key in the TPM: TPMT_PUBLIC; unique is empty
 }
+
+// ProtectionHSM asks for a key in an HSM of the host. The TPM does not certify
+// it; the quote binds it to the host's state.
+const ProtectionHSM = "hsm"
 
 // Evidence is M3.
 type Evidence struct {
@@ -66,10 +71,11 @@ type Attested struct {
 // KeyEvidence shows that a key is in the device and that its holder asks for
 // the certificate.
 type KeyEvidence struct {
-	Purpose string   `json:"purpose"`
-	Public  []byte   `json:"public"`
-	CSR     []byte   `json:"csr"` // DER PKCS#10, signed by the key
-	Certify Attested `json:"certify"`
+	Purpose string    `json:"purpose"`
+	Public  []byte    `json:"public,omitempty"`  // of a key in the TPM
+	SPKI    []byte    `json:"spki,omitempty"`    // of a key in an HSM: DER SubjectPublicKeyInfo
+	CSR     []byte    `json:"csr"`               // DER PKCS#10, signed by the key
+	Certify *Attested `json:"certify,omitempty"` // of a key in the TPM
 }
 
 // Grant is M4.

@@ -168,6 +168,9 @@ func (i *Issuer) challenge(ctx context.Context, d *Device, a *Agent) (*attest.Ch
 		PCRs: attest.Union(policies), Policies: policies, PolicyKey: i.policyKey, PolicyRef: i.policyRef,
 		Keys: []attest.KeyRequest{{Purpose: attest.PurposeAction, Template: attest.KeyTemplate(i.auth)}},
 	}
+	if a.HSM {
+		c.Keys[0] = attest.KeyRequest{Purpose: attest.PurposeAction, Protection: attest.ProtectionHSM}
+	}
 	if a.TLS {
 		c.Keys = append(c.Keys, attest.KeyRequest{Purpose: attest.PurposeTLS, Template: attest.KeyTemplate(i.auth)})
 	}
@@ -237,6 +240,10 @@ func (i *Issuer) grant(ctx context.Context, a *Agent, x *session, r *attest.Resu
 				Policy: r.Policy(), EvidenceSHA256: fmt.Sprintf("%x", r.EvidenceDigest()), Time: r.Time().UTC().Truncate(time.Second),
 				Protection: certext.ProtectionTPM, Mode: "local", KeyName: hex.EncodeToString(k.Name), AuthPolicy: hex.EncodeToString(k.AuthPolicy),
 				EK: r.Endorsement(), Device: x.device.ID,
+			}
+			if k.Protection == attest.ProtectionHSM {
+				// Nothing but the host says so: its TPM vouches for the host alone.
+				o.attestation.Protection = certext.ProtectionHSMDeclared
 			}
 		}
 		c, err := i.issue(ctx, o)

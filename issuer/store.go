@@ -39,6 +39,7 @@ CREATE TABLE agent(
 	device  TEXT NOT NULL REFERENCES device(id),
 	scope   BLOB NOT NULL,               -- canonical JSON
 	tls     INTEGER NOT NULL,
+	hsm     INTEGER NOT NULL,            -- the action key is in an HSM
 	status  TEXT NOT NULL CHECK (status IN ('active', 'suspended', 'retired')),
 	created INTEGER NOT NULL
 ) STRICT;
@@ -104,6 +105,7 @@ type Agent struct {
 	Device string `json:"device"`
 	Scope  string `json:"scope"`           // JSON; canonical in output
 	TLS    bool   `json:"tls,omitzero"`    // wants a TLS certificate too
+	HSM    bool   `json:"hsm,omitzero"`    // its action key is in an HSM of the host, not in the TPM
 	Status string `json:"status,omitzero"` // active, suspended, retired
 }
 
@@ -331,7 +333,7 @@ func (s *store) addAgent(ctx context.Context, a Agent, now time.Time) error {
 		return fmt.Errorf("agent name %.80q: %w: %s", a.Name, ErrInvalid, idRule)
 	}
 	return s.inTx(ctx, func(tx *sql.Tx) error {
-		_, err := tx.ExecContext(ctx, "INSERT INTO agent(name, device, scope, tls, status, created) VALUES(?, ?, ?, ?, ?, ?)", a.Name, a.Device, sc.Canonical(), a.TLS, Active, now.Unix())
+		_, err := tx.ExecContext(ctx, "INSERT INTO agent(name, device, scope, tls, hsm, status, created) VALUES(?, ?, ?, ?, ?, ?, ?)", a.Name, a.Device, sc.Canonical(), a.TLS, a.HSM, Active, now.Unix())
 		if err := constraint(err, "agent "+a.Name); err != nil {
 			return err
 		}
@@ -342,13 +344,13 @@ func (s *store) addAgent(ctx context.Context, a Agent, now time.Time) error {
 func scanAgent(row interface{ Scan(...any) error }) (*Agent, error) {
 	var a Agent
 	var sc []byte
-	err := row.Scan(&a.Name, &a.Device, &sc, &a.TLS, &a.Status)
+	err := row.Scan(&a.Name, &a.Device, &sc, &a.TLS, &a.HSM, &a.Status)
 	a.Scope = string(sc)
 	return &a, err
 }
 
 func (s *store) agent(ctx context.Context, name string) (*Agent, error) {
-	a, err := scanAgent(s.db.QueryRowContext(ctx, "SELECT name, device, scope, tls, status FROM agent WHERE name = ?", name))
+	a, err := scanAgent(s.db.QueryRowContext(ctx, "SELECT name, device, scope, tls, hsm, status FROM agent WHERE name = ?", name))
 	if errors.Is(err, sql.ErrNoRows) {
 		return nil, fmt.Errorf("agent %.80q: %w", name, ErrNotFound)
 	}
@@ -356,7 +358,7 @@ func (s *store) agent(ctx context.Context, name string) (*Agent, error) {
 }
 
 func (s *store) agents(ctx context.Context) ([]*Agent, error) {
-	return list(ctx, s.db, func(r *sql.Rows) (*Agent, error) { return scanAgent(r) }, "SELECT name, device, scope, tls, status FROM agent ORDER BY name")
+	return list(ctx, s.db, func(r *sql.Rows) (*Agent, error) { return scanAgent(r) }, "SELECT name, device, scope, tls, hsm, status FROM agent ORDER BY name")
 }
 
 // setStatus suspends, resumes or retires an agent. Whatever is not active has

@@ -42,6 +42,7 @@ type IssuerConfig struct {
 // AgentConfig is one agent that the signer serves.
 type AgentConfig struct {
 	Name              string         `json:"name"`
+	Key               string         `json:"key,omitempty"` // pkcs11: URI of the action key, if it is not in the TPM
 	Callers           []CallerConfig `json:"callers"`
 	StatementLifetime string         `json:"statement_lifetime,omitempty"` // 30s by default, at most 5m
 	ReferencePrices   string         `json:"reference_prices,omitempty"`   // file
@@ -127,6 +128,9 @@ func (a *AgentConfig) validate(below func(*string)) error {
 			return fmt.Errorf("statement_lifetime %.16q: 1s to 5m is expected", a.StatementLifetime)
 		}
 		a.lifetime = d
+	}
+	if a.Key != "" && !strings.HasPrefix(a.Key, "pkcs11:") {
+		return fmt.Errorf("key %.32q: a pkcs11: URI is expected; without one the key is in the TPM", a.Key)
 	}
 	if a.MaxConcurrent == 0 {
 		a.MaxConcurrent = 64

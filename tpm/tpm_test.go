@@ -377,8 +377,9 @@ func enrol(t *testing.T, h *host, ek tpm.EK, roots *x509.CertPool, intermediates
 	k, _ := h.newKey(t)
 	csr := must(x509.CreateCertificateRequest(rand.Reader, &x509.CertificateRequest{}, k))(t)
 	q := attest.KeyQualifyingData(c.Session, c.Nonce, binding, csr)
+	certify := must(h.dev.Certify(k, q[:]))(t)
 	ev := &attest.Evidence{Session: c.Session, Secret: opened, PCRs: must(h.dev.ReadPCRs(selection))(t),
-		Keys: []attest.KeyEvidence{{Purpose: attest.PurposeAction, Public: k.PublicArea(), CSR: csr, Certify: must(h.dev.Certify(k, q[:]))(t)}}}
+		Keys: []attest.KeyEvidence{{Purpose: attest.PurposeAction, Public: k.PublicArea(), CSR: csr, Certify: &certify}}}
 	qq := must(attest.QuoteQualifyingData(c.Session, c.Nonce, binding, ev.Keys))(t)
 	ev.Quote = must(h.dev.Quote(selection, qq[:]))(t)
 	policy := must(attest.AuthPolicy(h.policies.PolicyKey, h.policies.Ref))(t)

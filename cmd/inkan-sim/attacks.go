@@ -229,7 +229,7 @@ func (w *world) attackIssuer(ctx context.Context) error {
 		}
 		defer x.Close()
 		x.ChangeCSR = changeCSR
-		ev, err := x.Collect(nil)
+		ev, err := x.Collect(nil, nil)
 		if err != nil {
 			return false, "", err
 		}

@@ -9,13 +9,17 @@ import (
 	"inkan/signer/client"
 )
 
-func runDemo(ctx context.Context, out io.Writer, inkan string, asJSON bool) (err error) {
+func runDemo(ctx context.Context, out io.Writer, inkan string, hsm, asJSON bool) (err error) {
 	w, err := newWorld(out, inkan, asJSON)
 	if err != nil {
 		return err
 	}
 	defer w.end()
-	for _, step := range []func(context.Context) error{w.bringUp, w.trade, w.attacks} {
+	steps := []func(context.Context) error{w.bringUp, w.trade, w.attacks}
+	if hsm {
+		steps = []func(context.Context) error{w.makeToken, w.bringUp, w.trade, w.attacksOnToken}
+	}
+	for _, step := range steps {
 		if err := step(ctx); err != nil {
 			return err
 		}

@@ -27,6 +27,8 @@ type world struct {
 	lifetime  string // of certificates
 	signer    *process
 	keptJWS   string // signed and not shown to the venue yet
+	hsm       *simulator.SoftHSM
+	keyURI    string // of the action key in the token; empty: it is in the TPM
 }
 
 const scopeYAML = `# What the agent may do.
@@ -159,7 +161,7 @@ func (w *world) inventory(ctx context.Context) error {
 		return err
 	}
 	for _, a := range w.agents {
-		if _, err := w.run(ctx, "issuer", "agent", "add", "--dir", dir, "--name", a, "--device", "host1", "--scope", w.path("scope.yaml"), "--tls"); err != nil {
+		if _, err := w.run(ctx, "issuer", "agent", "add", "--dir", dir, "--name", a, "--device", "host1", "--scope", w.path("scope.yaml"), w.keyFlag()); err != nil {
 			return err
 		}
 	}
@@ -189,7 +191,7 @@ func (w *world) signerConfig(executables map[string]string) error {
 	var b strings.Builder
 	fmt.Fprintf(&b, "socket: run/signer.sock\nstate_dir: state\ntpm: %s\nissuer:\n  url: https://%s\n  ca: issuer/ca.pem\nagents:\n", w.tpm.Address, w.addresses.Agent)
 	for _, a := range w.agents {
-		fmt.Fprintf(&b, "  - name: %s\n    max_concurrent: 1024\n    callers:\n      - user: \"%s\"\n        executable: %s\n", a, me.Uid, executables[a])
+		fmt.Fprintf(&b, "  - name: %s\n    max_concurrent: 1024\n    callers:\n      - user: \"%s\"\n        executable: %s\n%s", a, me.Uid, executables[a], w.keyLine())
 	}
 	return w.write("signer.yaml", b.String())
 }

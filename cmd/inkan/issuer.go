@@ -74,7 +74,7 @@ func issuerCommand(e *env) *cli.Command {
 			}},
 			{Name: "agent", Usage: "the agents in the inventory", Subcommands: []*cli.Command{
 				sub("add", "add an agent with its scope", agentAdd, adminFlags(str("name", "`NAME` of the agent"), str("device", "`NAME` of the device that it runs on"),
-					str("scope", "YAML or JSON `FILE`"), &cli.BoolFlag{Name: "tls", Usage: "certify a TLS key too"})...),
+					str("scope", "YAML or JSON `FILE`"), &cli.BoolFlag{Name: "tls", Usage: "certify a TLS key too"}, &cli.BoolFlag{Name: "hsm", Usage: "the action key is in an HSM of the host"})...),
 				sub("list", "list the agents", agentList, adminFlags()...),
 				agentStatus("suspend", "revoke an agent's certificates until it is resumed", issuer.Suspended),
 				agentStatus("resume", "let a suspended agent renew again", issuer.Active),
@@ -330,7 +330,7 @@ func agentAdd(e *env, c *cli.Context) error {
 		if err != nil {
 			return err
 		}
-		a := issuer.Agent{Name: name, Device: device, Scope: string(s.Canonical()), TLS: c.Bool("tls")}
+		a := issuer.Agent{Name: name, Device: device, Scope: string(s.Canonical()), TLS: c.Bool("tls"), HSM: c.Bool("hsm")}
 		if err := cl.AddAgent(c.Context, a); err != nil {
 			return err
 		}

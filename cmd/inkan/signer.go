@@ -2,10 +2,11 @@ package main
 
 import (
 	"context"
-	"crypto/ecdsa"
+	"crypto"
 	"crypto/x509"
 	"errors"
 	"fmt"
+	"io"
 	"os"
 	"path/filepath"
 	"strings"
@@ -15,6 +16,7 @@ import (
 
 	"inkan/attest"
 	"inkan/internal/attester"
+	"inkan/internal/keyuri"
 	"inkan/signer"
 	"inkan/signer/client"
 	"inkan/tpm"
@@ -60,7 +62,35 @@ type host struct {
 	config *signer.Config
 	dev    *tpm.Device
 	issuer attester.Issuer
-	keys   map[string]*tpm.Key // action keys by agent
+	keys   map[string]*tpm.Key      // action keys in the TPM, by agent
+	tokens map[string]crypto.Signer // action keys in a token, by agent
+	closer []io.Closer
+}
+
+// close closes the TPM and the tokens.
+func (h *host) close() {
+	for _, c := range h.closer {
+		_ = c.Close() // the process ends; nothing is left to save
+	}
+}
+
+// external opens the agent's key in a token, if it has one there.
+func (h *host) external(agent string) (map[string]crypto.Signer, error) {
+	if k := h.tokens[agent]; k != nil {
+		return map[string]crypto.Signer{attest.PurposeAction: k}, nil
+	}
+	for _, a := range h.config.Agents {
+		if a.Name != agent || a.Key == "" {
+			continue
+		}
+		k, closer, err := keyuri.Open(a.Key)
+		if err != nil {
+			return nil, fmt.Errorf("agent %s: %w", agent, err)
+		}
+		h.tokens[agent], h.closer = k, append(h.closer, closer)
+		return map[string]crypto.Signer{attest.PurposeAction: k}, nil
+	}
+	return nil, nil
 }
 
 func openHost(config *signer.Config) (*host, error) {
@@ -86,7 +116,7 @@ func openHost(config *signer.Config) (*host, error) {
 	if err != nil {
 		return nil, err
 	}
-	return &host{config: config, dev: dev, issuer: attester.Issuer{URL: config.Issuer.URL, Roots: roots}, keys: make(map[string]*tpm.Key)}, nil
+	return &host{config: config, dev: dev, issuer: attester.Issuer{URL: config.Issuer.URL, Roots: roots}, keys: make(map[string]*tpm.Key), tokens: make(map[string]crypto.Signer), closer: []io.Closer{dev}}, nil
 }
 
 // enrol runs one exchange for an agent and keeps its outcome.
@@ -99,17 +129,29 @@ func (h *host) enrol(ctx context.Context, agent string) ([]*x509.Certificate, ti
 	if err != nil {
 		return nil, time.Time{}, err
 	}
-	out, err := attester.Run(ctx, h.issuer, h.dev, agent, keys, state.SaveKeys)
+	external, err := h.external(agent)
+	if err != nil {
+		return nil, time.Time{}, err
+	}
+	out, err := attester.Run(ctx, h.issuer, h.dev, agent, keys, external, state.SaveKeys)
 	if err != nil {
 		return nil, time.Time{}, err
 	}
 	var action []*x509.Certificate
+	if k := external[attest.PurposeAction]; k != nil {
+		if action, err = out.Chain(attest.PurposeAction, k.Public()); err != nil {
+			return nil, time.Time{}, err
+		}
+		if err := state.SaveChain(attest.PurposeAction, action); err != nil {
+			return nil, time.Time{}, err
+		}
+	}
 	for purpose, file := range out.Keys {
 		k, err := h.dev.LoadKey(file, out.Policies)
 		if err != nil {
 			return nil, time.Time{}, err
 		}
-		chain, err := out.Chain(purpose, k.Public().(*ecdsa.PublicKey))
+		chain, err := out.Chain(purpose, k.Public())
 		if err != nil {
 			return nil, time.Time{}, err
 		}
@@ -153,6 +195,13 @@ func (h *host) credentials(ctx context.Context, agent string) (signer.Credential
 			return signer.Credentials{}, fmt.Errorf("enrolling agent %s: %w", agent, err)
 		}
 	}
+	external, err := h.external(agent)
+	if err != nil {
+		return signer.Credentials{}, err
+	}
+	if k := external[attest.PurposeAction]; k != nil {
+		return signer.Credentials{Key: k, Chain: chain}, nil
+	}
 	keys, err := state.Keys(attest.PurposeAction)
 	if err != nil {
 		return signer.Credentials{}, err
@@ -178,7 +227,7 @@ func signerEnrol(e *env, c *cli.Context) error {
 	if err != nil {
 		return err
 	}
-	defer h.dev.Close()
+	defer h.close()
 	type enrolled struct {
 		Agent    string    `json:"agent"`
 		Serial   string    `json:"serial"`
@@ -215,7 +264,7 @@ func signerServe(e *env, c *cli.Context) error {
 	if err != nil {
 		return err
 	}
-	defer h.dev.Close()
+	defer h.close()
 	credentials := make(map[string]signer.Credentials)
 	for _, a := range config.Agents {
 		if credentials[a.Name], err = h.credentials(c.Context, a.Name); err != nil {

@@ -3,7 +3,7 @@ package attester
 
 import (
 	"context"
-	"crypto/ecdsa"
+	"crypto"
 	"crypto/rand"
 	"crypto/x509"
 	"crypto/x509/pkix"
@@ -47,13 +47,14 @@ type Exchange struct {
 // issuer asks for, is made. save is called with the keys before the issuer sees
 // their evidence, so that no certificate is issued for a key that was lost.
 // A refusal of the issuer is a *problem.Problem.
-func Run(ctx context.Context, issuer Issuer, dev *tpm.Device, agent string, keys map[string][]byte, save func(map[string][]byte) error) (*Outcome, error) {
+// external holds keys that are not in the TPM, by purpose.
+func Run(ctx context.Context, issuer Issuer, dev *tpm.Device, agent string, keys map[string][]byte, external map[string]crypto.Signer, save func(map[string][]byte) error) (*Outcome, error) {
 	x, err := Begin(ctx, issuer, dev, agent, nil)
 	if err != nil {
 		return nil, err
 	}
 	defer x.Close()
-	ev, err := x.Collect(keys)
+	ev, err := x.Collect(keys, external)
 	if err != nil {
 		return nil, err
 	}
@@ -93,7 +94,7 @@ func Begin(ctx context.Context, issuer Issuer, dev *tpm.Device, agent string, ch
 func (x *Exchange) Close() { x.ch.Close() }
 
 // Collect makes M3: what the challenge asks for.
-func (x *Exchange) Collect(keys map[string][]byte) (*attest.Evidence, error) {
+func (x *Exchange) Collect(keys map[string][]byte, external map[string]crypto.Signer) (*attest.Evidence, error) {
 	c := &x.Challenge
 	ev := &attest.Evidence{Session: c.Session}
 	if c.Credential != nil {
@@ -104,7 +105,7 @@ func (x *Exchange) Collect(keys map[string][]byte) (*attest.Evidence, error) {
 		ev.Secret = secret
 	}
 	x.Outcome = &Outcome{Policies: &tpm.Policies{PolicyKey: c.PolicyKey, Ref: c.PolicyRef, Approved: c.Policies}, Keys: make(map[string][]byte)}
-	loaded, err := ensureKeys(x.dev, c, keys, x.Outcome)
+	loaded, err := ensureKeys(x.dev, c, keys, external, x.Outcome)
 	if err != nil {
 		return nil, err
 	}
@@ -143,11 +144,21 @@ func hello(dev *tpm.Device, agent string) (*attest.Hello, *tpm.EK, error) {
 	return h, ek, err
 }
 
-func ensureKeys(dev *tpm.Device, c *attest.Challenge, have map[string][]byte, out *Outcome) ([]*tpm.Key, error) {
-	var loaded []*tpm.Key
+func ensureKeys(dev *tpm.Device, c *attest.Challenge, have map[string][]byte, external map[string]crypto.Signer, out *Outcome) ([]crypto.Signer, error) {
+	var loaded []crypto.Signer
 	for _, want := range c.Keys {
 		if want.Purpose != attest.PurposeAction && want.Purpose != attest.PurposeTLS {
 			return nil, fmt.Errorf("the issuer asks for a key for %.16q, which is not known here", want.Purpose)
+		}
+		other := external[want.Purpose]
+		switch {
+		case want.Protection == attest.ProtectionHSM && other == nil:
+			return nil, fmt.Errorf("the issuer's inventory says that the %s key is in an HSM, and no key is configured there", want.Purpose)
+		case want.Protection != attest.ProtectionHSM && other != nil:
+			return nil, fmt.Errorf("a key in an HSM is configured for %s, and the issuer's inventory says that it is in the TPM", want.Purpose)
+		case other != nil:
+			loaded = append(loaded, other)
+			continue
 		}
 		file := have[want.Purpose]
 		if file != nil {
@@ -176,7 +187,7 @@ func ensureKeys(dev *tpm.Device, c *attest.Challenge, have map[string][]byte, ou
 }
 
 // collect certifies the keys and quotes the PCRs.
-func (x *Exchange) collect(keys []*tpm.Key, binding []byte, ev *attest.Evidence) error {
+func (x *Exchange) collect(keys []crypto.Signer, binding []byte, ev *attest.Evidence) error {
 	dev, c := x.dev, &x.Challenge
 	for i, k := range keys {
 		csr, err := x509.CreateCertificateRequest(rand.Reader, &x509.CertificateRequest{Subject: pkix.Name{CommonName: x.agent}}, k)
@@ -186,12 +197,18 @@ func (x *Exchange) collect(keys []*tpm.Key, binding []byte, ev *attest.Evidence)
 		if x.ChangeCSR != nil {
 			csr = x.ChangeCSR(csr)
 		}
-		q := attest.KeyQualifyingData(c.Session, c.Nonce, binding, csr)
-		certify, err := dev.Certify(k, q[:])
-		if err != nil {
+		e := attest.KeyEvidence{Purpose: c.Keys[i].Purpose, CSR: csr}
+		if inTPM, ok := k.(*tpm.Key); ok {
+			q := attest.KeyQualifyingData(c.Session, c.Nonce, binding, csr)
+			certify, err := dev.Certify(inTPM, q[:])
+			if err != nil {
+				return err
+			}
+			e.Public, e.Certify = inTPM.PublicArea(), &certify
+		} else if e.SPKI, err = x509.MarshalPKIXPublicKey(k.Public()); err != nil {
 			return err
 		}
-		ev.Keys = append(ev.Keys, attest.KeyEvidence{Purpose: c.Keys[i].Purpose, Public: k.PublicArea(), CSR: csr, Certify: certify})
+		ev.Keys = append(ev.Keys, e)
 	}
 	q, err := attest.QuoteQualifyingData(c.Session, c.Nonce, binding, ev.Keys)
 	if err != nil {
@@ -206,7 +223,7 @@ func (x *Exchange) collect(keys []*tpm.Key, binding []byte, ev *attest.Evidence)
 
 // Chain returns the certificate chain of a purpose, leaf first, after checking
 // that it is for the key.
-func (o *Outcome) Chain(purpose string, key *ecdsa.PublicKey) ([]*x509.Certificate, error) {
+func (o *Outcome) Chain(purpose string, key crypto.PublicKey) ([]*x509.Certificate, error) {
 	i := slices.IndexFunc(o.Grant.Certificates, func(c attest.Issued) bool { return c.Purpose == purpose })
 	if i < 0 || len(o.Grant.Certificates[i].Chain) == 0 {
 		return nil, fmt.Errorf("the issuer sent no certificate for the %s key", purpose)
@@ -219,7 +236,7 @@ func (o *Outcome) Chain(purpose string, key *ecdsa.PublicKey) ([]*x509.Certifica
 		}
 		chain = append(chain, c)
 	}
-	if !key.Equal(chain[0].PublicKey) {
+	if k, ok := key.(interface{ Equal(crypto.PublicKey) bool }); !ok || !k.Equal(chain[0].PublicKey) {
 		return nil, fmt.Errorf("the issuer's certificate is not for the %s key", purpose)
 	}
 	return chain, nil

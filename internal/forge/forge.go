@@ -209,6 +209,9 @@ func (d *Device) key(c *attest.Challenge, want attest.KeyRequest, binding []byte
 		}
 		d.Keys[want.Purpose] = key
 	}
+	if want.Protection == attest.ProtectionHSM {
+		return d.hsmKey(want, key)
+	}
 	t, err := tpm2.Unmarshal[tpm2.TPMTPublic](want.Template)
 	if err != nil {
 		return nil, err
@@ -238,7 +241,19 @@ func (d *Device) key(c *attest.Challenge, want attest.KeyRequest, binding []byte
 	q := attest.KeyQualifyingData(c.Session, c.Nonce, binding, csr)
 	certify, err := d.attest(want.Purpose, &tpm2.TPMSAttest{Type: tpm2.TPMSTAttestCertify, ExtraData: tpm2.TPM2BData{Buffer: q[:]},
 		Attested: tpm2.NewTPMUAttest(tpm2.TPMSTAttestCertify, &tpm2.TPMSCertifyInfo{Name: tpm2.TPM2BName{Buffer: name}, QualifiedName: tpm2.TPM2BName{Buffer: qn}})})
-	return &attest.KeyEvidence{Purpose: want.Purpose, Public: public, CSR: csr, Certify: certify}, err
+	return &attest.KeyEvidence{Purpose: want.Purpose, Public: public, CSR: csr, Certify: &certify}, err
+}
+
+func (d *Device) hsmKey(want attest.KeyRequest, key *ecdsa.PrivateKey) (*attest.KeyEvidence, error) {
+	spki, err := x509.MarshalPKIXPublicKey(&key.PublicKey)
+	if err != nil {
+		return nil, err
+	}
+	csr, err := x509.CreateCertificateRequest(rand.Reader, &x509.CertificateRequest{Subject: pkix.Name{CommonName: "forged"}}, key)
+	if err == nil && d.ChangeCSR != nil {
+		csr = d.ChangeCSR(csr)
+	}
+	return &attest.KeyEvidence{Purpose: want.Purpose, SPKI: spki, CSR: csr}, err
 }
 
 const sha256Hash = crypto.SHA256

@@ -2,6 +2,7 @@
 //
 //	file:/etc/inkan/ca.key                       PKCS#8 in PEM, readable by its owner alone
 //	tpm:/dev/tpmrm0?key=/etc/inkan/ca.tss2.pem   TSS2 PRIVATE KEY, made by inkan tpm keygen
+//	pkcs11:token=T;id=%01?module-path=/m.so&pin-source=file:/pin   RFC 7512, made by inkan hsm keygen
 package keyuri
 
 import (
@@ -15,6 +16,7 @@ import (
 	"os"
 	"strings"
 
+	"inkan/hsm"
 	"inkan/tpm"
 )
 
@@ -35,8 +37,10 @@ func Open(uri string) (crypto.Signer, io.Closer, error) {
 		return k, nothing{}, err
 	case "tpm":
 		return fromTPM(rest)
+	case "pkcs11":
+		return fromToken(uri)
 	}
-	return nil, nil, fmt.Errorf("key URI with the scheme %.16q: file or tpm is expected", scheme)
+	return nil, nil, fmt.Errorf("key URI with the scheme %.16q: file, tpm or pkcs11 is expected", scheme)
 }
 
 func fromFile(path string) (crypto.Signer, error) {
@@ -64,6 +68,25 @@ func fromFile(path string) (crypto.Signer, error) {
 		return nil, fmt.Errorf("key file %s: not a signing key", path)
 	}
 	return s, nil
+}
+
+func fromToken(uri string) (crypto.Signer, io.Closer, error) {
+	u, err := hsm.ParseURI(uri)
+	if err != nil {
+		return nil, nil, err
+	}
+	if len(u.ID) == 0 {
+		return nil, nil, errors.New("key URI: it names no key: id= is missing; inkan hsm keygen prints a whole one")
+	}
+	t, err := hsm.Open(uri, hsm.Options{})
+	if err != nil {
+		return nil, nil, err
+	}
+	k, err := t.Key(u.ID)
+	if err != nil {
+		return nil, nil, errors.Join(err, t.Close())
+	}
+	return k, t, nil
 }
 
 func fromTPM(rest string) (crypto.Signer, io.Closer, error) {
