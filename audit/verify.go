@@ -8,6 +8,7 @@ import (
 	"errors"
 	"fmt"
 	"runtime"
+	"slices"
 	"sync"
 	"time"
 
@@ -56,7 +57,7 @@ func VerifyFile(ctx context.Context, path string, roots *x509.CertPool, progress
 		return nil, err
 	}
 	defer s.Close()
-	v := &verification{roots: roots, report: &Report{Unsigned: []uint64{}}, certificates: make(map[scope.Digest]*certificate)}
+	v := &verification{roots: roots, report: &Report{Unsigned: []uint64{}}, certificates: make(map[scope.Digest]*certificate), book: scope.NewBook()}
 	if v.stored, err = s.chains(ctx); err != nil {
 		return nil, err
 	}
@@ -77,6 +78,7 @@ type verification struct {
 	previous [32]byte
 	last     time.Time
 	tree     []tlog.Hash // complete subtrees, the largest first
+	book     *scope.Book // what is used of limits over time
 }
 
 type certificate struct {
@@ -171,6 +173,14 @@ func (v *verification) entry(e Entry) (task, error) {
 		return task{e, st, cert}, nil
 	}
 	r.Permits++
+	use := scope.UseOfStatement(st)
+	if refusal := v.book.Check(cert.scope, use); refusal != nil {
+		return task{}, fmt.Errorf("it is out of scope: %w", refusal)
+	}
+	if got := v.book.Utilisation(cert.scope, use); !slices.Equal(got, st.Decision.Utilisation) {
+		return task{}, errors.New("it states another utilisation of its limits than the entries before it lead to")
+	}
+	v.book.Add(use)
 	if e.JWS == "" {
 		if len(r.Unsigned) < 100 {
 			r.Unsigned = append(r.Unsigned, e.Counter)
@@ -255,8 +265,12 @@ func (v *verification) signed(t task) error {
 		return fail("the statement is from %s, outside the life of its certificate", at.Format(time.RFC3339))
 	}
 	env := scope.Env{Now: st.Time.Time, AttestedAt: c.action.Attestation.Time, Reference: st.ReferencePrice()}
-	if _, err := scope.Check(c.scope, st.Action(), env); err != nil {
+	permit, err := scope.Check(c.scope, st.Action(), env)
+	if err != nil {
 		return fail("it is out of scope: %v", err)
+	}
+	if !st.StatesNotional(permit) {
+		return fail("it states another notional than its order has")
 	}
 	if t.entry.JWS == "" {
 		return nil

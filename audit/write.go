@@ -289,7 +289,7 @@ func (l *Log) rollback(err error) error {
 // entry adds one entry, or answers from the one that has the id. Only errors
 // of the database are returned; the request's own go to the request.
 func (l *Log) entry(r *request, head *Head, fresh map[int64]tlog.Hash) (added bool, err error) {
-	statement, at, err := l.statement(r, *head)
+	statement, use, at, err := l.statement(r, *head)
 	if err != nil {
 		r.err = err // it cannot be written down, so it is not done
 		return false, nil
@@ -317,8 +317,11 @@ func (l *Log) entry(r *request, head *Head, fresh map[int64]tlog.Hash) (added bo
 		}
 	}
 	head.Size, head.Previous, head.Time = counter, sha256.Sum256(statement), at
-	if r.permit != nil {
+	if use != nil { // permitted
+		l.book.Add(*use)
 		r.receipt = &Receipt{statement: statement, counter: counter, id: r.action.ID}
+	} else if r.permit != nil { // a limit over time refused it
+		r.err = r.refusal
 	}
 	return true, nil
 }
@@ -339,8 +342,10 @@ func (l *Log) known(r *request) error {
 	return nil
 }
 
-// statement builds the entry's bytes from the parsed action.
-func (l *Log) statement(r *request, head Head) (b []byte, at time.Time, err error) {
+// statement builds the entry's bytes from the parsed action. Here, where the
+// order of all actions is decided, limits over time are checked: use is nil if
+// one of them refuses, or if the action was refused before.
+func (l *Log) statement(r *request, head Head) (b []byte, use *scope.Use, at time.Time, err error) {
 	at = l.now()
 	if r.permit != nil {
 		at = r.permit.Env().Now // the moment for which it was checked
@@ -358,11 +363,23 @@ func (l *Log) statement(r *request, head Head) (b []byte, at time.Time, err erro
 	if a := r.action; a != nil {
 		s.Audience, s.ID, s.Kind, s.Order, s.Payment, s.Party, s.Native = a.Audience, a.ID, a.Kind, a.Order, a.Payment, a.Party, a.Native
 	}
+	if r.permit != nil {
+		u := scope.UseOf(r.permit, at)
+		if refusal := l.book.Check(r.permit.Scope(), u); refusal != nil {
+			r.refusal = refusal
+		} else {
+			use = &u
+			s.Decision.Utilisation = l.book.Utilisation(r.permit.Scope(), u)
+			if n, ccy, ok := r.permit.Notional(); ok {
+				s.Decision.Notional = &scope.Amount{Amount: n, Currency: ccy}
+			}
+		}
+	}
 	if r.refusal != nil {
 		s.Decision.Decision, s.Decision.Rule, s.Decision.Message = scope.DecisionDeny, r.refusal.Rule, r.refusal.Message
 	} else if ref := r.permit.UsedReference(); ref != nil {
 		s.Decision.Reference = &scope.Reference{Price: ref.Price, Currency: ref.Currency, Source: ref.Source, Time: scope.Timestamp{Time: ref.Time.UTC().Truncate(time.Microsecond)}}
 	}
 	b, err = s.Marshal()
-	return b, at, err
+	return b, use, at, err
 }

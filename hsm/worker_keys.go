@@ -144,7 +144,7 @@ func (w *worker) public(s pkcs11.SessionHandle, id []byte, kind uint) ([]byte, e
 	}
 	if kind == ckkECEdwards {
 		if len(point) != ed25519.PublicKeySize {
-			return nil, errors.New("Edwards key that is not Ed25519")
+			return nil, errors.New("not Ed25519, though an Edwards key")
 		}
 		return x509.MarshalPKIXPublicKey(ed25519.PublicKey(point))
 	}

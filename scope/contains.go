@@ -37,6 +37,8 @@ func Contains(outer, inner *Scope) error {
 		collars(o.Collar, i.Collar),
 		when(!inner.trading.within(outer.trading), RuleTradingWindow, "it has minutes that are outside"),
 		times(o, i),
+		overTime(o, i),
+		when(o.DuplicateMS > i.DuplicateMS, RuleDuplicate, fmt.Sprintf("at least %d is expected", o.DuplicateMS)),
 		when(o.AttestationS != 0 && (i.AttestationS == 0 || i.AttestationS > o.AttestationS), RuleAttestationAge, fmt.Sprintf("at most %d is allowed", o.AttestationS)),
 	} {
 		if w != nil {
@@ -137,6 +139,52 @@ func collars(outer, inner *Collar) *Wider {
 		return &Wider{RuleCollar, "is missing, so prices are not bounded"}
 	case inner.BPS > outer.BPS || inner.Source != outer.Source || inner.MaxAgeMS > outer.MaxAgeMS || softer(outer.Block, inner.Block):
 		return &Wider{RuleCollar, fmt.Sprintf("at most %d from %s with max_age_ms of at most %d is allowed, and no softer block", outer.BPS, outer.Source, outer.MaxAgeMS)}
+	}
+	return nil
+}
+
+// overTime: each of outer's limits has one of inner's for the same key and
+// window that is not larger, nor softer.
+func overTime(o, i *document) *Wider {
+	for _, l := range o.NotionalWindows {
+		if !slices.ContainsFunc(i.NotionalWindows, func(x NotionalWindow) bool {
+			return x.Currency == l.Currency && x.Window == l.Window && x.Amount.Cmp(l.Amount) <= 0 && !softer(l.Block, x.Block)
+		}) && slices.ContainsFunc(i.OrderNotional, func(x MoneyLimit) bool { return x.Currency == l.Currency }) {
+			return &Wider{RuleNotionalWindow, fmt.Sprintf("at most %s %s in %s is allowed, and no softer block", l.Amount, l.Currency, l.Window)}
+		}
+	}
+	for _, l := range o.QtyWindows {
+		if !slices.ContainsFunc(i.QtyWindows, func(x QtyWindow) bool {
+			return x.Instrument == l.Instrument && x.Window == l.Window && x.Qty.Cmp(l.Qty) <= 0 && !softer(l.Block, x.Block)
+		}) {
+			return &Wider{RuleQtyWindow, fmt.Sprintf("at most %s of %s in %s is allowed, and no softer block", l.Qty, l.Instrument, l.Window)}
+		}
+	}
+	for _, c := range []struct {
+		rule         Rule
+		outer, inner []CountWindow
+	}{{RuleOrdersWindow, o.OrderWindows, i.OrderWindows}, {RuleMessagesWindow, o.MessageWindows, i.MessageWindows}} {
+		for _, l := range c.outer {
+			if !slices.ContainsFunc(c.inner, func(x CountWindow) bool {
+				return x.Window == l.Window && x.Count <= l.Count && !softer(l.Block, x.Block)
+			}) {
+				return &Wider{c.rule, fmt.Sprintf("at most %d in %s are allowed, and no softer block", l.Count, l.Window)}
+			}
+		}
+	}
+	// An entry of the inner scope for an instrument takes it out of the *, so
+	// where outer's * holds for it, the inner one must have entries that are no larger.
+	has := func(list []QtyWindow, id string) bool {
+		return slices.ContainsFunc(list, func(x QtyWindow) bool { return x.Instrument == id })
+	}
+	for _, own := range i.QtyWindows {
+		for _, l := range o.QtyWindows {
+			if l.Instrument == "*" && own.Instrument != "*" && !has(o.QtyWindows, own.Instrument) && !slices.ContainsFunc(i.QtyWindows, func(x QtyWindow) bool {
+				return x.Instrument == own.Instrument && x.Window == l.Window && x.Qty.Cmp(l.Qty) <= 0 && !softer(l.Block, x.Block)
+			}) {
+				return &Wider{RuleQtyWindow, fmt.Sprintf("at most %s of %s in %s is allowed", l.Qty, own.Instrument, l.Window)}
+			}
+		}
 	}
 	return nil
 }

@@ -63,6 +63,25 @@ func (s *Scope) Describe() []string {
 	if c := d.Collar; c != nil {
 		add("A price is at most %d basis points away from a reference of %s that is at most %s old%s.", c.BPS, c.Source, time.Duration(c.MaxAgeMS)*time.Millisecond, c.Block.describe())
 	}
+	for _, l := range d.NotionalWindows {
+		add("Orders of %s are worth at most %s %s together%s.", l.Window, l.Amount, l.Currency, l.Block.describe())
+	}
+	for _, l := range d.QtyWindows {
+		what := l.Instrument
+		if what == "*" {
+			what = "each instrument"
+		}
+		add("Orders of %s in %s are for at most %s together%s.", l.Window, what, l.Qty, l.Block.describe())
+	}
+	for _, l := range d.OrderWindows {
+		add("At most %d orders in %s%s.", l.Count, l.Window, l.Block.describe())
+	}
+	for _, l := range d.MessageWindows {
+		add("At most %d messages in %s, cancels counted and never refused%s.", l.Count, l.Window, l.Block.describe())
+	}
+	if d.DuplicateMS != 0 {
+		add("The same order again only after %s.", time.Duration(d.DuplicateMS)*time.Millisecond)
+	}
 	if len(d.Accounts) > 0 {
 		add("For the accounts: %s.", join(d.Accounts))
 	} else {

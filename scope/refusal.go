@@ -1,6 +1,9 @@
 package scope
 
-import "strings"
+import (
+	"strings"
+	"time"
+)
 
 // Rule is the stable name of what refused. The names of limits are rules; the
 // others are listed here. docs/scope.md has a sentence for each.
@@ -29,6 +32,13 @@ const (
 	RuleReferenceMissing  Rule = "reference_missing"
 	RuleReferenceStale    Rule = "reference_stale"
 	RuleCollar            Rule = "price_collar_bps"
+
+	// Limits over time, which the record holds: see Book.
+	RuleDuplicate      Rule = "duplicate_window_ms"
+	RuleNotionalWindow Rule = "max_notional_per_window"
+	RuleQtyWindow      Rule = "max_qty_per_window"
+	RuleOrdersWindow   Rule = "max_orders_per_window"
+	RuleMessagesWindow Rule = "max_messages_per_window"
 )
 
 // Refusal says which rule refuses an action, and by how much. Only Rule and
@@ -40,6 +50,8 @@ type Refusal struct {
 	Limit   string `json:"limit,omitempty"`  // what the scope allows
 	Excess  string `json:"excess,omitempty"` // by how much the value passes the limit
 	Message string `json:"message"`          // one sentence for a person
+
+	FreeAt time.Time `json:"free_at,omitzero"` // limits over time: before then it is refused again
 }
 
 // Error returns the rule and the sentence in one line.

@@ -52,10 +52,18 @@ type document struct {
 	OrderNotional []MoneyLimit `json:"max_order_notional,omitempty"`
 	OrderQty      []QtyLimit   `json:"max_order_qty,omitempty"`
 	Collar        *Collar      `json:"price_collar_bps,omitempty"`
-	Trading       []Hours      `json:"trading_window,omitempty"`
-	NotBefore     *time.Time   `json:"not_before,omitempty"`
-	NotAfter      *time.Time   `json:"not_after,omitempty"`
-	AttestationS  uint32       `json:"max_attestation_age_s,omitzero"`
+
+	// Limits over time, which only who has the record can check: see Book.
+	NotionalWindows []NotionalWindow `json:"max_notional_per_window,omitempty"`
+	QtyWindows      []QtyWindow      `json:"max_qty_per_window,omitempty"`
+	OrderWindows    []CountWindow    `json:"max_orders_per_window,omitempty"`
+	MessageWindows  []CountWindow    `json:"max_messages_per_window,omitempty"`
+	DuplicateMS     uint32           `json:"duplicate_window_ms,omitzero"`
+
+	Trading      []Hours    `json:"trading_window,omitempty"`
+	NotBefore    *time.Time `json:"not_before,omitempty"`
+	NotAfter     *time.Time `json:"not_after,omitempty"`
+	AttestationS uint32     `json:"max_attestation_age_s,omitzero"`
 }
 
 // Instrument is one instrument that may be traded.
@@ -312,6 +320,12 @@ func (d *document) validateLimits() error {
 		if err := c.Block.normalise("price_collar_bps"); err != nil {
 			return err
 		}
+	}
+	if err := d.validateWindows(); err != nil {
+		return err
+	}
+	if d.DuplicateMS > uint32(MaxWindow/time.Millisecond) {
+		return fmt.Errorf("duplicate_window_ms is %d, at most %d is allowed", d.DuplicateMS, MaxWindow/time.Millisecond)
 	}
 	for i := range d.Trading {
 		if err := d.Trading[i].normalise(); err != nil {

@@ -101,12 +101,20 @@ type Statement struct {
 
 // Decision says under what the action was permitted, or by what it was denied.
 type Decision struct {
-	Decision    string     `json:"dec"`
-	Certificate Digest     `json:"cert"` // SHA-256 of the action certificate
-	Scope       Digest     `json:"hash"` // of the scope in that certificate
-	Reference   *Reference `json:"ref,omitzero"`
-	Rule        Rule       `json:"rule,omitzero"` // what denied
-	Message     string     `json:"msg,omitzero"`  // why, for a person
+	Decision    string        `json:"dec"`
+	Certificate Digest        `json:"cert"` // SHA-256 of the action certificate
+	Scope       Digest        `json:"hash"` // of the scope in that certificate
+	Reference   *Reference    `json:"ref,omitzero"`
+	Notional    *Amount       `json:"not,omitzero"`   // computed; absent where there is none
+	Utilisation []Utilisation `json:"util,omitempty"` // of the limits over time, this action included
+	Rule        Rule          `json:"rule,omitzero"`  // what denied
+	Message     string        `json:"msg,omitzero"`   // why, for a person
+}
+
+// Amount is an amount of money.
+type Amount struct {
+	Amount   Decimal `json:"amt"`
+	Currency string  `json:"ccy"`
 }
 
 // Reference is the reference price that was used.
@@ -188,4 +196,11 @@ func (s *Statement) ReferencePrice() *ReferencePrice {
 		return nil
 	}
 	return &ReferencePrice{Instrument: s.Action().Instrument(), Price: r.Price, Currency: r.Currency, Source: r.Source, Time: r.Time.Time}
+}
+
+// StatesNotional says whether the statement's notional is the permit's.
+func (s *Statement) StatesNotional(p *Permit) bool {
+	amount, currency, ok := p.Notional()
+	n := s.Decision.Notional
+	return ok == (n != nil) && (n == nil || n.Amount == amount && n.Currency == currency)
 }

@@ -295,6 +295,9 @@ func (s *Signer) fail(w http.ResponseWriter, err error) {
 		case RuleNoCertificate, RuleDevice:
 			status = http.StatusServiceUnavailable
 		}
+		if left := time.Until(r.FreeAt); !r.FreeAt.IsZero() && left > 0 {
+			w.Header().Set("Retry-After", fmt.Sprint(int64(left/time.Second)+1))
+		}
 		problem.Write(w, problem.Problem{Status: status, Title: "action refused", Detail: r.Message, Rule: string(r.Rule), Field: r.Field, Value: r.Value, Limit: r.Limit, Excess: r.Excess})
 		return
 	}

@@ -166,8 +166,12 @@ func (r *Receiver) Verify(ctx context.Context, compact []byte, body *Body) (*Ver
 	}
 	action := st.Action()
 	env := scope.Env{Now: st.Time.Time, AttestedAt: cred.action.Attestation.Time, Reference: r.reference(st, action)}
-	if _, err := scope.Check(cred.scope, action, env); err != nil {
+	permit, err := scope.Check(cred.scope, action, env)
+	if err != nil {
 		return nil, refuse(ReasonScope, "%v", err)
+	}
+	if !st.StatesNotional(permit) {
+		return nil, refuse(ReasonScope, "the statement states another notional than its order has")
 	}
 
 	// 8. Seen before.

@@ -88,7 +88,7 @@ func (v *venue) statement() *scope.Statement {
 		Version: 1, Issuer: "CN=Test CA", Agent: v.agent.ID, Audience: "XPAR", ID: newID(), Counter: scope.Counter(v.next), Time: scope.Timestamp{Time: now}, Expires: now.Add(30 * time.Second).Unix(),
 		Kind:        scope.OrderNew,
 		Order:       &scope.Order{ClOrdID: "1", SecurityID: "FR0000120271", SecurityIDSource: "4", Side: "1", OrdType: "2", Price: dec("50"), OrderQty: dec("100"), Currency: "EUR", TimeInForce: "0"},
-		Decision:    scope.Decision{Decision: scope.DecisionPermit, Certificate: sha256.Sum256(v.agent.Chain[0].Raw), Scope: v.scope.Hash()},
+		Decision:    scope.Decision{Decision: scope.DecisionPermit, Certificate: sha256.Sum256(v.agent.Chain[0].Raw), Scope: v.scope.Hash(), Notional: &scope.Amount{Amount: *dec("5000"), Currency: "EUR"}},
 		Attestation: scope.Attestation{Evidence: "00", Time: scope.Timestamp{Time: now.Truncate(time.Second)}},
 	}
 	if v.next > 1 {
@@ -251,6 +251,8 @@ func TestRefusals(t *testing.T) {
 		},
 			body: &verify.Body{Format: scope.NativeHTTPBody, SHA256: [32]byte{1}}},
 		"scope above the limit":    {action: func(s *scope.Statement) { s.Order.OrderQty = dec("501") }},
+		"scope another notional":   {action: func(s *scope.Statement) { s.Decision.Notional.Amount = *dec("1") }},
+		"scope no notional":        {action: func(s *scope.Statement) { s.Decision.Notional = nil }},
 		"scope another instrument": {action: func(s *scope.Statement) { s.Order.SecurityID = "FR0000131104" }},
 		"attestation_age":          {venue: func(v *venue) { v.config.MaxAttestationAge = time.Nanosecond }},
 	} {

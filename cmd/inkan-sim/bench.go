@@ -321,8 +321,12 @@ func signedOrder(key *ecdsa.PrivateKey, leaf *x509.Certificate, h *jws.Header, s
 		return nil, err
 	}
 	now := time.Now().UTC().Truncate(time.Microsecond)
+	notional, err := scope.ParseDecimal("24496")
+	if err != nil {
+		return nil, err
+	}
 	st := &scope.Statement{Version: 1, Issuer: "CN=bench", Agent: leaf.URIs[0].String(), Audience: a.Audience, ID: a.ID, Counter: scope.Counter(n), Time: scope.Timestamp{Time: now}, Expires: now.Add(30 * time.Minute).Unix(),
-		Kind: a.Kind, Order: a.Order, Party: a.Party, Decision: scope.Decision{Decision: scope.DecisionPermit, Certificate: sha256.Sum256(leaf.Raw), Scope: s.Hash()}, Attestation: scope.Attestation{Evidence: "00", Time: scope.Timestamp{Time: now}}}
+		Kind: a.Kind, Order: a.Order, Party: a.Party, Decision: scope.Decision{Decision: scope.DecisionPermit, Certificate: sha256.Sum256(leaf.Raw), Scope: s.Hash(), Notional: &scope.Amount{Amount: notional, Currency: "EUR"}}, Attestation: scope.Attestation{Evidence: "00", Time: scope.Timestamp{Time: now}}}
 	if n > 1 {
 		st.Previous = scope.Digest{1}
 	}

@@ -1,0 +1,182 @@
+package scope_test
+
+import (
+	"errors"
+	"fmt"
+	"math/big"
+	"math/rand/v2"
+	"testing"
+	"time"
+
+	"inkan/scope"
+)
+
+// overTime is a scope with limits over time.
+func overTime(t testing.TB, limits string) *scope.Scope {
+	t.Helper()
+	s, err := scope.Parse(fmt.Appendf(nil, `{"version":1,"allowed_actions":["order.new","order.replace"],"allowed_venues":["XPAR"],"allowed_instruments":[{"id":"symbol:X"},{"id":"symbol:Y"}],
+		"allowed_sides":["1"],"allowed_ord_types":["2"],"allowed_tif":["0"],"max_order_notional":[{"currency":"EUR","amount":"1000000"}],%s}`, limits))
+	if err != nil {
+		t.Fatal(err)
+	}
+	return s
+}
+
+// trade is an order at a price of 1, so that its quantity is its notional.
+func trade(t testing.TB, s *scope.Scope, at time.Time, kind, clOrdID, replaces, symbol, qty string) scope.Use {
+	t.Helper()
+	orig := ""
+	if replaces != "" {
+		orig = fmt.Sprintf(`"OrigClOrdID":%q,`, replaces)
+	}
+	a, err := scope.ParseAction(fmt.Appendf(nil, `{"id":"AAECAwQFBgcICQoLDA0ODw","aud":"XPAR","act":%q,"ord":{"ClOrdID":%q,%s"SecurityID":%q,"SecurityIDSource":"8","Side":"1","OrdType":"2","Price":"1","OrderQty":%q,"Currency":"EUR","TimeInForce":"0"}}`, kind, clOrdID, orig, symbol, qty))
+	if err != nil {
+		t.Fatal(err)
+	}
+	p, err := scope.Check(s, a, scope.Env{Now: at, AttestedAt: at})
+	if err != nil {
+		t.Fatal(err)
+	}
+	return scope.UseOf(p, at)
+}
+
+var noon = time.Date(2026, 11, 24, 12, 0, 0, 0, time.UTC)
+
+// step is an order some time after noon, and what the book says.
+type step struct {
+	after   time.Duration
+	kind    string
+	id, old string
+	symbol  string
+	qty     string
+	rule    scope.Rule // empty: allowed
+}
+
+func TestWindows(t *testing.T) {
+	const us = time.Microsecond
+	neu := func(after time.Duration, id, qty string, rule scope.Rule) step {
+		return step{after, "order.new", id, "", "X", qty, rule}
+	}
+	for name, c := range map[string]struct {
+		limits string
+		steps  []step
+	}{
+		"a rolling window's sum, at and above its bound": {`"max_notional_per_window":[{"currency":"EUR","amount":"100","window":{"rolling_s":60}}]`, []step{
+			neu(0, "1", "60", ""), neu(1, "2", "40.01", scope.RuleNotionalWindow), neu(2, "3", "40", ""), neu(3, "4", "0.00000000000000001", scope.RuleNotionalWindow)}},
+		"a rolling window's edge to the microsecond": {`"max_notional_per_window":[{"currency":"EUR","amount":"100","window":{"rolling_s":60}}]`, []step{
+			neu(0, "1", "100", ""), neu(60*time.Second-us, "2", "1", scope.RuleNotionalWindow), neu(60*time.Second, "3", "100", "")}},
+		"salami slices": {`"max_notional_per_window":[{"currency":"EUR","amount":"3","window":{"rolling_s":60}}]`, []step{
+			neu(0, "1", "1", ""), neu(1, "2", "1", ""), neu(2, "3", "1", ""), neu(3, "4", "1", scope.RuleNotionalWindow), neu(4, "5", "0.1", scope.RuleNotionalWindow)}},
+		"a day's edge to the microsecond": {`"max_notional_per_window":[{"currency":"EUR","amount":"100","window":{"day_cut":"12:30"}}]`, []step{
+			neu(0, "1", "100", ""), neu(30*time.Minute-us, "2", "1", scope.RuleNotionalWindow), neu(30*time.Minute, "3", "100", ""), neu(24*time.Hour, "4", "1", scope.RuleNotionalWindow), neu(24*time.Hour+30*time.Minute, "5", "1", "")}},
+		"quantities of each instrument": {`"max_qty_per_window":[{"instrument":"*","qty":"5","window":{"rolling_s":60}},{"instrument":"symbol:Y","qty":"2","window":{"rolling_s":60}}]`, []step{
+			{0, "order.new", "1", "", "X", "5", ""}, {1, "order.new", "2", "", "X", "1", scope.RuleQtyWindow}, {2, "order.new", "3", "", "Y", "3", scope.RuleQtyWindow}, {3, "order.new", "4", "", "Y", "2", ""}}},
+		"numbers of orders": {`"max_orders_per_window":[{"count":2,"window":{"rolling_s":60}}]`, []step{
+			neu(0, "1", "1", ""), neu(1, "2", "1", ""), neu(2, "3", "1", scope.RuleOrdersWindow), {3, "order.replace", "4", "2", "X", "1", ""}, neu(60*time.Second, "5", "1", "")}},
+		"numbers of messages": {`"max_messages_per_window":[{"count":2,"window":{"rolling_s":60}}]`, []step{
+			neu(0, "1", "1", ""), {1, "order.replace", "2", "1", "X", "1", ""}, {2, "order.replace", "3", "2", "X", "1", scope.RuleMessagesWindow}, neu(3, "4", "1", scope.RuleMessagesWindow)}},
+		"a replacement counts what it adds": {`"max_notional_per_window":[{"currency":"EUR","amount":"100","window":{"rolling_s":60}}]`, []step{
+			neu(0, "1", "90", ""), {1, "order.replace", "2", "1", "X", "100", ""}, {2, "order.replace", "3", "2", "X", "100.1", scope.RuleNotionalWindow}, {3, "order.replace", "3", "2", "X", "50", ""}, {4, "order.replace", "4", "3", "X", "51", scope.RuleNotionalWindow}}},
+		"a replacement of an unknown order counts whole": {`"max_notional_per_window":[{"currency":"EUR","amount":"100","window":{"rolling_s":60}}]`, []step{
+			neu(0, "1", "90", ""), {1, "order.replace", "2", "unknown", "X", "11", scope.RuleNotionalWindow}}},
+		"the same order again": {`"duplicate_window_ms":1000`, []step{
+			neu(0, "1", "7", ""), neu(time.Second-us, "2", "7", scope.RuleDuplicate), neu(time.Second-us, "3", "8", ""), neu(time.Second, "4", "7", "")}},
+	} {
+		t.Run(name, func(t *testing.T) {
+			s, b := overTime(t, c.limits), scope.NewBook()
+			if err := scope.Contains(s, s); err != nil {
+				t.Errorf("it is wider than itself: %v", err)
+			}
+			if err := valid(t, schema(t, "scope"), s.Canonical()); err != nil {
+				t.Errorf("the schema refuses it: %v", err)
+			}
+			for i, x := range c.steps {
+				u := trade(t, s, noon.Add(x.after), x.kind, x.id, x.old, x.symbol, x.qty)
+				r := b.Check(s, u)
+				if x.rule == "" {
+					if r != nil {
+						t.Fatalf("step %d: refused: %v", i+1, r)
+					}
+					b.Add(u)
+					continue
+				}
+				if r == nil || !errors.Is(r, &scope.Refusal{Rule: x.rule}) {
+					t.Fatalf("step %d: got %v, want %s", i+1, r, x.rule)
+				}
+				if !r.FreeAt.IsZero() && !r.FreeAt.After(u.At) { // zero: it is too much on its own
+					t.Errorf("step %d: free at %v", i+1, r.FreeAt)
+				}
+			}
+		})
+	}
+}
+
+// TestBookAgainstModel: over random histories the book decides as one that adds
+// everything up anew each time.
+func TestBookAgainstModel(t *testing.T) {
+	r := rand.New(rand.NewPCG(7, 8))
+	for range 40 {
+		w := []string{`{"rolling_s":1}`, `{"rolling_s":60}`, `{"rolling_s":3600}`, `{"day_cut":"12:00"}`, `{"day_cut":"23:59"}`}[r.IntN(5)]
+		limit := int64(1 + r.IntN(200))
+		s := overTime(t, fmt.Sprintf(`"max_notional_per_window":[{"currency":"EUR","amount":"%d","window":%s}],"max_orders_per_window":[{"count":%d,"window":%s}]`, limit, w, limit/7+1, w))
+		b := scope.NewBook()
+		type done struct {
+			at  time.Time
+			qty *big.Rat
+		}
+		var history []done
+		at := noon
+		for i := range 400 {
+			at = at.Add(time.Duration(r.Int64N(int64([]time.Duration{time.Microsecond, time.Second, time.Minute, 6 * time.Hour}[r.IntN(4)]) + 1)).Truncate(time.Microsecond))
+			qty := fmt.Sprint(1 + r.IntN(40))
+			u := trade(t, s, at, "order.new", fmt.Sprint(i), "", "X", qty)
+			// The model.
+			inside := func(x time.Time) bool {
+				switch w[2] {
+				case 'r':
+					var secs int
+					fmt.Sscanf(w, `{"rolling_s":%d}`, &secs)
+					return x.After(at.Add(-time.Duration(secs) * time.Second))
+				}
+				cut := time.Date(at.Year(), at.Month(), at.Day(), 12, 0, 0, 0, time.UTC)
+				if w == `{"day_cut":"23:59"}` {
+					cut = time.Date(at.Year(), at.Month(), at.Day(), 23, 59, 0, 0, time.UTC)
+				}
+				if cut.After(at) {
+					cut = cut.AddDate(0, 0, -1)
+				}
+				return !x.Before(cut)
+			}
+			sum, count := new(big.Rat), int64(0)
+			for _, h := range history {
+				if inside(h.at) {
+					sum.Add(sum, h.qty)
+					count++
+				}
+			}
+			q, _ := new(big.Rat).SetString(qty)
+			allowed := sum.Add(sum, q).Cmp(new(big.Rat).SetInt64(limit)) <= 0 && count < limit/7+1
+			got := b.Check(s, u)
+			if (got == nil) != allowed {
+				t.Fatalf("window %s, limit %d, order %d: the book says %v, the model %v (sum %s, %d orders)", w, limit, i, got, allowed, sum.FloatString(0), count)
+			}
+			if got == nil {
+				b.Add(u)
+				history = append(history, done{at, q})
+			}
+		}
+	}
+}
+
+func BenchmarkBook(b *testing.B) {
+	s := overTime(b, `"max_notional_per_window":[{"currency":"EUR","amount":"1000000000","window":{"rolling_s":3600}}],"max_orders_per_window":[{"count":100000000,"window":{"day_cut":"00:00"}}],"duplicate_window_ms":1`)
+	book, u := scope.NewBook(), trade(b, overTime(b, `"duplicate_window_ms":0`), noon, "order.new", "1", "", "X", "1")
+	b.ReportAllocs()
+	for b.Loop() {
+		u.At = u.At.Add(2 * time.Millisecond)
+		if r := book.Check(s, u); r != nil {
+			b.Fatal(r)
+		}
+		book.Add(u)
+	}
+}
