@@ -601,3 +601,45 @@ func TestWindowInTheRecord(t *testing.T) {
 		t.Error("it verifies")
 	}
 }
+
+// TestMovedPermit: a permit whose statement gets a later time than it was
+// checked for is checked again for that.
+func TestMovedPermit(t *testing.T) {
+	for name, c := range map[string]struct {
+		limit string
+		end   time.Duration // of the certificate, after the earlier moment
+		rule  scope.Rule
+	}{
+		"past the scope's end":       {`"not_after":"2100-01-01T00:00:00Z"`, 0, scope.RuleNotAfter},
+		"past the certificate's end": {`"not_after":"2101-01-01T00:00:00Z"`, time.Minute, scope.RuleCertificateExpired},
+	} {
+		t.Run(name, func(t *testing.T) {
+			d := newWindowedDesk(t, c.limit)
+			early := time.Date(2099, 12, 31, 23, 59, 0, 0, time.UTC)
+			if c.end != 0 {
+				d.id.NotAfter = early.Add(c.end)
+			}
+			wide, err := scope.Parse([]byte(scopeJSON))
+			if err != nil {
+				t.Fatal(err)
+			}
+			at := func(s *scope.Scope, n uint64, now time.Time) (*audit.Receipt, error) {
+				p, err := scope.Check(s, action(n, "1"), scope.Env{Now: now, AttestedAt: now})
+				if err != nil {
+					t.Fatal(err)
+				}
+				id := d.id
+				if s == wide {
+					id.NotAfter = time.Time{}
+				}
+				return d.log.Record(t.Context(), p, id)
+			}
+			if _, err := at(wide, 1, early.Add(time.Hour)); err != nil { // the clock is ahead
+				t.Fatal(err)
+			}
+			if _, err := at(d.scope, 2, early); !errors.Is(err, &scope.Refusal{Rule: c.rule}) { // and was set back
+				t.Errorf("got %v, want %s", err, c.rule)
+			}
+		})
+	}
+}

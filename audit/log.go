@@ -83,6 +83,7 @@ type Identity struct {
 	Evidence    string    // SHA-256 of the evidence behind it, in hex
 	AttestedAt  time.Time // when that was appraised
 	Lifetime    time.Duration
+	NotAfter    time.Time // end of the certificate; zero: none
 }
 
 // Head is the state of a log.

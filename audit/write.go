@@ -326,6 +326,30 @@ func (l *Log) entry(r *request, head *Head, fresh map[int64]tlog.Hash) (added bo
 	return true, nil
 }
 
+// permitAt checks a permit again for the moment that its statement will have,
+// if that is later than the one it was checked for: another action was
+// recorded in between, or the clock was set back.
+func (r *request) permitAt(at time.Time) error {
+	env := r.permit.Env()
+	if !at.After(env.Now) {
+		return nil
+	}
+	if end := r.identity.NotAfter; !end.IsZero() && at.After(end) {
+		r.refusal = &scope.Refusal{Rule: scope.RuleCertificateExpired, Message: "the agent's certificate expired at " + end.UTC().Format(time.RFC3339)}
+		return nil
+	}
+	env.Now = at
+	p, err := scope.Check(r.permit.Scope(), r.permit.Action(), env)
+	if refusal, ok := errors.AsType[*scope.Refusal](err); ok {
+		r.refusal = refusal
+		return nil
+	}
+	if err == nil {
+		r.permit = p
+	}
+	return err
+}
+
 // known answers a request whose action id stands in the record.
 func (l *Log) known(r *request) error {
 	var counter uint64
@@ -364,6 +388,11 @@ func (l *Log) statement(r *request, head Head) (b []byte, use *scope.Use, at tim
 		s.Audience, s.ID, s.Kind, s.Order, s.Payment, s.Party, s.Native = a.Audience, a.ID, a.Kind, a.Order, a.Payment, a.Party, a.Native
 	}
 	if r.permit != nil {
+		if err := r.permitAt(at); err != nil {
+			return nil, nil, at, err
+		}
+	}
+	if r.permit != nil && r.refusal == nil {
 		u := scope.UseOf(r.permit, at)
 		if refusal := l.book.Check(r.permit.Scope(), u); refusal != nil {
 			r.refusal = refusal

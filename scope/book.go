@@ -15,6 +15,8 @@ type Use struct {
 	Kind       Kind
 	ClOrdID    string
 	Replaces   string // OrigClOrdID
+	Audience   string
+	Side       string
 	Instrument string
 	Currency   string
 	Notional   Decimal
@@ -39,12 +41,12 @@ func UseOfStatement(s *Statement) Use {
 }
 
 func useOf(a *Action, notional Decimal, currency string, at time.Time) Use {
-	u := Use{At: at, Kind: a.Kind, Instrument: a.Instrument(), Currency: currency, Notional: notional}
+	u := Use{At: at, Kind: a.Kind, Audience: a.Audience, Instrument: a.Instrument(), Currency: currency, Notional: notional}
 	o := a.Order
 	if o == nil {
 		return u
 	}
-	u.ClOrdID, u.Replaces = o.ClOrdID, o.OrigClOrdID
+	u.ClOrdID, u.Replaces, u.Side = o.ClOrdID, o.OrigClOrdID, o.Side
 	for _, q := range [...]*Decimal{o.OrderQty, o.BidSize, o.OfferSize} {
 		if q != nil {
 			u.Qty, _ = u.Qty.Add(*q) // three sizes of 18 digits: what overflows was refused by its notional
@@ -94,11 +96,14 @@ func NewBook() *Book {
 }
 
 // resolve computes what the use counts (rule G5): a replacement counts what it
-// adds to the order that it replaces; of an order that is not known, all of it.
+// adds to the order that it replaces, if that is one of the last MaxWindow at the same
+// venue, in the same instrument, currency and on the same side, and was not
+// replaced before; otherwise all of it.
 func (b *Book) resolve(u Use) Use {
 	u.newNotional, u.newQty = u.Notional, u.Qty
 	old, ok := b.orders[u.Replaces]
-	if u.Kind != OrderReplace || !ok {
+	if u.Kind != OrderReplace || !ok || old.At.Before(u.At.Add(-MaxWindow)) ||
+		old.Audience != u.Audience || old.Instrument != u.Instrument || old.Side != u.Side || old.Currency != u.Currency {
 		return u
 	}
 	added := func(now, old Decimal) Decimal {
@@ -107,12 +112,7 @@ func (b *Book) resolve(u Use) Use {
 		}
 		return Decimal{}
 	}
-	if old.Currency == u.Currency {
-		u.newNotional = added(u.Notional, old.Notional)
-	}
-	if old.Instrument == u.Instrument {
-		u.newQty = added(u.Qty, old.Qty)
-	}
+	u.newNotional, u.newQty = added(u.Notional, old.Notional), added(u.Qty, old.Qty)
 	return u
 }
 
@@ -243,6 +243,9 @@ func (b *Book) Add(u Use) {
 	b.uses = append(b.uses, u)
 	for k, w := range b.windows {
 		w.add(u.counts(k))
+	}
+	if u.Kind == OrderReplace {
+		delete(b.orders, u.Replaces) // it is replaced once
 	}
 	if u.ClOrdID != "" && !u.Kind.reducesRisk() {
 		b.orders[u.ClOrdID] = u

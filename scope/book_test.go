@@ -79,6 +79,12 @@ func TestWindows(t *testing.T) {
 			neu(0, "1", "90", ""), {1, "order.replace", "2", "1", "X", "100", ""}, {2, "order.replace", "3", "2", "X", "100.1", scope.RuleNotionalWindow}, {3, "order.replace", "3", "2", "X", "50", ""}, {4, "order.replace", "4", "3", "X", "51", scope.RuleNotionalWindow}}},
 		"a replacement of an unknown order counts whole": {`"max_notional_per_window":[{"currency":"EUR","amount":"100","window":{"rolling_s":60}}]`, []step{
 			neu(0, "1", "90", ""), {1, "order.replace", "2", "unknown", "X", "11", scope.RuleNotionalWindow}}},
+		"an order is replaced once": {`"max_notional_per_window":[{"currency":"EUR","amount":"100","window":{"rolling_s":60}}]`, []step{
+			neu(0, "1", "90", ""), {1, "order.replace", "2", "1", "X", "90", ""}, {2, "order.replace", "3", "1", "X", "90", scope.RuleNotionalWindow}, {3, "order.replace", "3", "2", "X", "90", ""}}},
+		"a replacement in another instrument counts whole": {`"max_notional_per_window":[{"currency":"EUR","amount":"100","window":{"rolling_s":60}}]`, []step{
+			neu(0, "1", "90", ""), {1, "order.replace", "2", "1", "Y", "11", scope.RuleNotionalWindow}}},
+		"a replacement after a day counts whole": {`"max_notional_per_window":[{"currency":"EUR","amount":"100","window":{"rolling_s":60}}]`, []step{
+			neu(0, "1", "90", ""), neu(24*time.Hour-time.Second, "2", "50", ""), {24*time.Hour + 1000, "order.replace", "3", "1", "X", "90", scope.RuleNotionalWindow}}},
 		"the same order again": {`"duplicate_window_ms":1000`, []step{
 			neu(0, "1", "7", ""), neu(time.Second-us, "2", "7", scope.RuleDuplicate), neu(time.Second-us, "3", "8", ""), neu(time.Second, "4", "7", "")}},
 	} {

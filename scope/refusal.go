@@ -33,6 +33,8 @@ const (
 	RuleReferenceStale    Rule = "reference_stale"
 	RuleCollar            Rule = "price_collar_bps"
 
+	RuleCertificateExpired Rule = "certificate_expired" // of the signer: the action is after the certificate's end
+
 	// Limits over time, which the record holds: see Book.
 	RuleDuplicate      Rule = "duplicate_window_ms"
 	RuleNotionalWindow Rule = "max_notional_per_window"

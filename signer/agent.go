@@ -19,11 +19,10 @@ import (
 
 // Rules of the signer itself, beside those of scopes. docs/signer.md lists them.
 const (
-	RuleCaller             scope.Rule = "caller"              // the process is not one that may act as an agent
-	RuleNoCertificate      scope.Rule = "no_certificate"      // the agent has none yet
-	RuleCertificateExpired scope.Rule = "certificate_expired" // renewal failed for too long
-	RuleDevice             scope.Rule = "device"              // the device does not sign, for instance since the host is not in an approved state
-	RuleUnsigned           scope.Rule = "unsigned"            // recorded before, under another certificate, and never signed
+	RuleCaller        scope.Rule = "caller"         // the process is not one that may act as an agent
+	RuleNoCertificate scope.Rule = "no_certificate" // the agent has none yet
+	RuleDevice        scope.Rule = "device"         // the device does not sign, for instance since the host is not in an approved state
+	RuleUnsigned      scope.Rule = "unsigned"       // recorded before, under another certificate, and never signed
 )
 
 // Agent is one agent that the signer serves: its key, certificate and record.
@@ -75,7 +74,7 @@ func newCredential(chain []*x509.Certificate, key crypto.PublicKey, lifetime tim
 	}
 	c.identity = audit.Identity{
 		Issuer: leaf.Issuer.String(), Agent: c.action.Agent, Certificate: sha256.Sum256(leaf.Raw), Scope: c.scope.Hash(),
-		Evidence: c.action.Attestation.EvidenceSHA256, AttestedAt: c.action.Attestation.Time, Lifetime: lifetime,
+		Evidence: c.action.Attestation.EvidenceSHA256, AttestedAt: c.action.Attestation.Time, Lifetime: lifetime, NotAfter: leaf.NotAfter,
 	}
 	return c, nil
 }
@@ -119,7 +118,7 @@ func (a *Agent) Act(ctx context.Context, body []byte) (*Signed, error) {
 	// 3. Check the scope that the certificate has.
 	now := a.now().UTC().Truncate(time.Microsecond)
 	if leaf := cred.chain[0]; now.After(leaf.NotAfter) {
-		return nil, a.refuse(ctx, action, &scope.Refusal{Rule: RuleCertificateExpired, Limit: leaf.NotAfter.UTC().Format(time.RFC3339),
+		return nil, a.refuse(ctx, action, &scope.Refusal{Rule: scope.RuleCertificateExpired, Limit: leaf.NotAfter.UTC().Format(time.RFC3339),
 			Message: "the agent's certificate expired at " + leaf.NotAfter.UTC().Format(time.RFC3339) + ": see the signer's log for why it was not renewed"}, cred)
 	}
 	env := scope.Env{Now: now, AttestedAt: cred.action.Attestation.Time}
