@@ -242,6 +242,11 @@ func (s *site) sign(t testing.TB, agent *testca.Agent, body []byte, change func(
 	if change != nil {
 		change(st)
 	}
+	if p, err := scope.Check(s.scope, st.Action(), scope.Env{Now: st.Time.Time, AttestedAt: now}); err == nil {
+		if amount, currency, ok := p.Notional(); ok {
+			st.Decision.Notional = &scope.Amount{Amount: amount, Currency: currency}
+		}
+	}
 	payload, err := st.Marshal()
 	if err != nil {
 		t.Fatal(err)
