@@ -8,6 +8,7 @@ import (
 	"errors"
 	"fmt"
 	"io"
+	"log/slog"
 	"net"
 	"net/http"
 	"net/url"
@@ -382,7 +383,7 @@ func (i *Issuer) Serve(ctx context.Context, ready func(Addresses)) error {
 			l = tls.NewListener(l, h.tls)
 		}
 		s := &http.Server{Handler: h.handler, ReadHeaderTimeout: 10 * time.Second, ReadTimeout: 30 * time.Second, WriteTimeout: 30 * time.Second,
-			IdleTimeout: 2 * time.Minute, MaxHeaderBytes: 16 << 10, ErrorLog: nil}
+			IdleTimeout: 2 * time.Minute, MaxHeaderBytes: 16 << 10, ErrorLog: slog.NewLogLogger(i.log.Handler(), slog.LevelWarn)}
 		servers = append(servers, s)
 		go func() { errs <- s.Serve(l) }()
 	}

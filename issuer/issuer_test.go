@@ -32,6 +32,7 @@ import (
 	"inkan/internal/forge"
 	"inkan/internal/problem"
 	"inkan/issuer"
+	"inkan/verify"
 )
 
 const scopeJSON = `{"allowed_actions":["order.new"],"allowed_instruments":[{"id":"isin:FR0000120271"}],"allowed_ord_types":["2"],"allowed_sides":["1"],"allowed_tif":["0"],"allowed_venues":["XPAR"],"max_order_notional":[{"amount":"25000","currency":"EUR"}],"version":1}`
@@ -372,6 +373,21 @@ func TestRevocation(t *testing.T) {
 	if err := o.admin.Revoke(t.Context(), "00", "keyCompromise"); err == nil {
 		t.Error("a certificate that does not exist was revoked")
 	}
+	// A receiver asks both sources.
+	for name, source := range map[string]verify.Revocation{
+		"OCSP": &verify.OCSP{URL: "http://" + o.addresses.Public + "/ocsp", MaxAge: time.Hour},
+		"CRL":  &verify.CRL{Load: verify.HTTPLoader("http://" + o.addresses.Public + "/crl"), MaxAge: time.Hour},
+	} {
+		if err := source.Check(t.Context(), c, o.ca, time.Now()); !errors.Is(err, &verify.Refusal{Reason: verify.ReasonRevoked}) {
+			t.Errorf("%s: got %v, want revoked", name, err)
+		}
+		if err := source.Check(t.Context(), leaf(t, g, 1), o.ca, time.Now()); err != nil {
+			t.Errorf("%s: the other certificate: %v", name, err)
+		}
+		if err := source.Check(t.Context(), c, o.ca, time.Now().Add(3*time.Hour)); err == nil {
+			t.Errorf("%s: what is known is too old, and it was believed: %v", name, err)
+		}
+	}
 	// openssl judges certificate, CRL and OCSP.
 	dir := t.TempDir()
 	crl := get(t, "http://"+o.addresses.Public+"/crl")
@@ -553,5 +569,12 @@ func BenchmarkRenewal(b *testing.B) {
 				b.Fatal(err)
 			}
 		}
+	})
+}
+
+func FuzzParseConfig(f *testing.F) {
+	f.Add([]byte("trust_domain: example.org\nca_key: test\nlifetime: 24h\n"))
+	f.Fuzz(func(_ *testing.T, b []byte) {
+		_, _ = issuer.ParseConfig(b) // it must not crash
 	})
 }

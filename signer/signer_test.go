@@ -4,7 +4,12 @@ import (
 	"bufio"
 	"bytes"
 	"context"
+	"crypto/ecdsa"
+	"crypto/elliptic"
+	"crypto/rand"
+	"crypto/x509"
 	"encoding/json"
+	"encoding/pem"
 	"errors"
 	"fmt"
 	"io"
@@ -15,10 +20,12 @@ import (
 	"os/exec"
 	"path/filepath"
 	"strings"
+	"sync/atomic"
 	"syscall"
 	"testing"
 	"time"
 
+	"github.com/go-jose/go-jose/v4"
 	"golang.org/x/sys/unix"
 
 	"inkan/audit"
@@ -148,6 +155,12 @@ func executables(t *testing.T) (self, other string) {
 
 func start(t testing.TB, agents string) *desk {
 	t.Helper()
+	return startWith(t, agents, nil, nil)
+}
+
+// startWith starts a signer with a renewer, and with agents that are there already.
+func startWith(t testing.TB, agents string, renew signer.Renewer, known map[string]*testca.Agent) *desk {
+	t.Helper()
 	dir, err := os.MkdirTemp("", "signer") // short, for the socket; others may enter it
 	if err != nil {
 		t.Fatal(err)
@@ -163,10 +176,12 @@ func start(t testing.TB, agents string) *desk {
 	}
 	credentials := make(map[string]signer.Credentials)
 	for _, a := range config.Agents {
-		d.agents[a.Name] = d.ca.Agent(t, a.Name, []byte(scopeJSON), nil)
+		if d.agents[a.Name] = known[a.Name]; d.agents[a.Name] == nil {
+			d.agents[a.Name] = d.ca.Agent(t, a.Name, []byte(scopeJSON), nil)
+		}
 		credentials[a.Name] = signer.Credentials{Key: d.agents[a.Name].Key, Chain: d.agents[a.Name].Chain}
 	}
-	s, err := signer.Open(t.Context(), config, credentials, nil, slog.New(slog.DiscardHandler))
+	s, err := signer.Open(t.Context(), config, credentials, renew, slog.New(slog.DiscardHandler))
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -476,5 +491,137 @@ func BenchmarkAction(b *testing.B) {
 				}
 			})
 		})
+	}
+}
+
+// renewer issues the agent a new certificate each time it is asked.
+type renewer struct {
+	renew func() ([]*x509.Certificate, error)
+	calls atomic.Int32
+}
+
+func (r *renewer) Renew(context.Context, string) ([]*x509.Certificate, time.Time, error) {
+	r.calls.Add(1)
+	chain, err := r.renew()
+	return chain, time.Now().Add(time.Hour), err
+}
+
+// TestRenewalLoop: a certificate is renewed before its end, after failures
+// too, and signing is not interrupted.
+func TestRenewalLoop(t *testing.T) {
+	self, _ := executables(t)
+	ca := testca.New(t)
+	old := ca.Agent(t, "a", []byte(scopeJSON), func(c *x509.Certificate) { // two thirds of its life are over
+		c.NotBefore, c.NotAfter = time.Now().Add(-time.Hour), time.Now().Add(20*time.Minute)
+	})
+	fresh := ca.AgentWithKey(t, "a", []byte(scopeJSON), old.Key, nil)
+	r := &renewer{}
+	r.renew = func() ([]*x509.Certificate, error) {
+		if r.calls.Load() == 1 {
+			return nil, errors.New("the issuer is away")
+		}
+		return fresh.Chain, nil
+	}
+	d := startWith(t, agent("a", self), r, map[string]*testca.Agent{"a": old})
+	c := client.New(d.socket)
+	limit := time.After(30 * time.Second)
+	for {
+		if _, err := c.SignJSON(t.Context(), order(client.NewID())); err != nil {
+			t.Fatalf("signing was interrupted: %v", err)
+		}
+		var info signer.AgentInfo
+		if err := c.Get(t.Context(), "/v1/agent", &info); err != nil {
+			t.Fatal(err)
+		}
+		if info.NotAfter.Equal(fresh.Chain[0].NotAfter) {
+			break
+		}
+		select {
+		case <-limit:
+			t.Fatal("the certificate was not renewed")
+		case <-time.After(10 * time.Millisecond):
+		}
+	}
+	if r.calls.Load() != 2 {
+		t.Errorf("the issuer was asked %d times, want 2", r.calls.Load())
+	}
+}
+
+// TestExpiredCertificate: without renewal nothing is signed after the end, and
+// the refusal is in the record.
+func TestExpiredCertificate(t *testing.T) {
+	self, _ := executables(t)
+	old := testca.New(t).Agent(t, "a", []byte(scopeJSON), func(c *x509.Certificate) {
+		c.NotBefore, c.NotAfter = time.Now().Add(-time.Hour), time.Now().Add(-time.Minute)
+	})
+	d := startWith(t, agent("a", self), nil, map[string]*testca.Agent{"a": old})
+	if _, err := client.New(d.socket).SignJSON(t.Context(), order(client.NewID())); err == nil || !strings.Contains(err.Error(), "certificate_expired") {
+		t.Errorf("got %v", err)
+	}
+	if n := d.entries(t, "a"); n != 1 {
+		t.Errorf("the record has %d entries, want the refusal", n)
+	}
+}
+
+// TestSignedReferencePrices: with a key, only prices that it signed count.
+func TestSignedReferencePrices(t *testing.T) {
+	self, _ := executables(t)
+	dir := t.TempDir()
+	key, err := ecdsa.GenerateKey(elliptic.P256(), rand.Reader)
+	if err != nil {
+		t.Fatal(err)
+	}
+	spki, err := x509.MarshalPKIXPublicKey(&key.PublicKey)
+	if err != nil {
+		t.Fatal(err)
+	}
+	keyFile, prices := filepath.Join(dir, "key.pem"), filepath.Join(dir, "prices.jws")
+	if err := os.WriteFile(keyFile, pem.EncodeToMemory(&pem.Block{Type: "PUBLIC KEY", Bytes: spki}), 0o600); err != nil {
+		t.Fatal(err)
+	}
+	write := func(by *ecdsa.PrivateKey, typ string) {
+		s, err := jose.NewSigner(jose.SigningKey{Algorithm: jose.ES256, Key: by}, (&jose.SignerOptions{}).WithType(jose.ContentType(typ)))
+		if err != nil {
+			t.Fatal(err)
+		}
+		b, err := json.Marshal([]scope.ReferencePrice{{Instrument: "isin:FR0000120271", Price: decimal(t, "50"), Currency: "EUR", Source: "XPAR", Time: time.Now().UTC().Add(-time.Second)}})
+		if err != nil {
+			t.Fatal(err)
+		}
+		o, err := s.Sign(b)
+		if err != nil {
+			t.Fatal(err)
+		}
+		text, err := o.CompactSerialize()
+		if err != nil {
+			t.Fatal(err)
+		}
+		if err := os.WriteFile(prices, []byte(text+"\n"), 0o600); err != nil {
+			t.Fatal(err)
+		}
+	}
+	write(key, "reference-prices+jws")
+	d := start(t, agent("a", self)+"    reference_prices: "+prices+"\n    reference_key: "+keyFile+"\n")
+	collar := strings.Replace(scopeJSON, `"version":1`, `"price_collar_bps":{"bps":100,"max_age_ms":60000,"source":"XPAR"},"version":1`, 1)
+	if err := d.signer.Agent("a").SetChain(t.Context(), d.ca.AgentWithKey(t, "a", []byte(collar), d.agents["a"].Key, nil).Chain); err != nil {
+		t.Fatal(err)
+	}
+	c := client.New(d.socket)
+	if _, err := c.SignJSON(t.Context(), order(client.NewID())); err != nil {
+		t.Errorf("signed prices: %v", err)
+	}
+	other, err := ecdsa.GenerateKey(elliptic.P256(), rand.Reader)
+	if err != nil {
+		t.Fatal(err)
+	}
+	for name, forge := range map[string]func(){
+		"another key": func() { write(other, "reference-prices+jws") },
+		"another typ": func() { write(key, "agent-action+jws") },
+		"no JWS":      func() { _ = os.WriteFile(prices, []byte("[]"), 0o600) },
+	} {
+		forge()
+		if _, err := c.SignJSON(t.Context(), order(client.NewID())); err == nil || !strings.Contains(err.Error(), "reference_missing") {
+			t.Errorf("%s: %v", name, err)
+		}
 	}
 }

@@ -6,7 +6,10 @@ import (
 	"encoding/binary"
 	"errors"
 	"io"
+	"io/fs"
 	"testing"
+
+	"github.com/google/go-tpm/tpm2"
 
 	"inkan/attest"
 	"inkan/simulator"
@@ -184,3 +187,18 @@ type canned struct{ response []byte }
 func (c *canned) Write(b []byte) (int, error) { return len(b), nil }
 func (c *canned) Read(b []byte) (int, error)  { return copy(b, c.response), nil }
 func (c *canned) Close() error                { return nil }
+
+// TestExplain: errors that a TPM of a test does not show on demand.
+func TestExplain(t *testing.T) {
+	for want, err := range map[error]error{
+		ErrPermission:    explainOpen("/dev/tpmrm0", fs.ErrPermission),
+		ErrNoTPM:         explainOpen("/dev/tpmrm0", fs.ErrNotExist),
+		ErrLockout:       explain("signing", tpm2.TPMRCLockout),
+		ErrForeignKey:    explain("loading", tpm2.TPMRCIntegrity),
+		ErrHierarchyAuth: explainHierarchy("creating", tpm2.TPMRCBadAuth),
+	} {
+		if !errors.Is(err, want) || len(err.Error()) < len(want.Error())+10 {
+			t.Errorf("got %v, want %v and what would be right", err, want)
+		}
+	}
+}
