@@ -1,6 +1,8 @@
 package tpm
 
 import (
+	"bytes"
+	"encoding/binary"
 	"errors"
 	"fmt"
 
@@ -96,6 +98,34 @@ type prepared struct {
 	pcrDigest []byte
 	selection tpm2.TPMLPCRSelection
 	authority *authority
+
+	// The two commands for a session, as they go to the TPM: they are the same
+	// for each signature, and making them takes as long as sending them.
+	session  tpm2.TPMHandle
+	commands [][]byte
+}
+
+// recorder keeps what is sent through it.
+type recorder struct {
+	*link
+	sent [][]byte
+}
+
+func (r *recorder) Send(command []byte) ([]byte, error) {
+	r.sent = append(r.sent, bytes.Clone(command))
+	return r.link.Send(command)
+}
+
+// replay sends a command that was recorded; only its response code counts.
+func (l *link) replay(command []byte) error {
+	res, err := l.Send(command)
+	if err != nil {
+		return err
+	}
+	if rc := tpm2.TPMRC(binary.BigEndian.Uint32(res[6:])); rc != tpm2.TPMRCSuccess {
+		return rc
+	}
+	return nil
 }
 
 // prepare computes it once, and has the TPM verify the approval.
@@ -137,11 +167,20 @@ func (d *Device) authorize(p *Policies, approved *attest.ApprovedPolicy) (tpm2.S
 	if err != nil {
 		return nil, err
 	}
+	if x.commands != nil && x.session == s.Handle() {
+		for _, c := range x.commands {
+			if err := d.link.replay(c); err != nil {
+				return nil, err
+			}
+		}
+		return s.Session, nil
+	}
+	to := &recorder{link: d.link}
 	if _, err := (tpm2.PolicyPCR{
 		PolicySession: s.Handle(),
 		PcrDigest:     tpm2.TPM2BDigest{Buffer: x.pcrDigest},
 		Pcrs:          x.selection,
-	}).Execute(d.link); err != nil {
+	}).Execute(to); err != nil {
 		return nil, err
 	}
 	if _, err := (tpm2.PolicyAuthorize{
@@ -150,9 +189,10 @@ func (d *Device) authorize(p *Policies, approved *attest.ApprovedPolicy) (tpm2.S
 		PolicyRef:      tpm2.TPM2BDigest{Buffer: p.Ref},
 		KeySign:        x.authority.name,
 		CheckTicket:    x.authority.ticket,
-	}).Execute(d.link); err != nil {
+	}).Execute(to); err != nil {
 		return nil, err
 	}
+	x.session, x.commands = s.Handle(), to.sent
 	return s.Session, nil
 }
 
