@@ -383,6 +383,26 @@ func MakeCredential(e *Endorsement, name, secret []byte, random io.Reader) (*Cre
 	return &Credential{IDObject: id, EncryptedSecret: enc}, nil
 }
 
+// ParseCRLs reads revocation lists in PEM; anything else in it is an error.
+func ParseCRLs(text []byte) ([]*x509.RevocationList, error) {
+	var out []*x509.RevocationList
+	for rest := text; len(bytes.TrimSpace(rest)) > 0; {
+		var block *pem.Block
+		if block, rest = pem.Decode(rest); block == nil || block.Type != "X509 CRL" || len(out) == 16 {
+			return nil, errors.New("1 to 16 revocation lists in PEM are expected")
+		}
+		l, err := x509.ParseRevocationList(block.Bytes)
+		if err != nil {
+			return nil, err
+		}
+		out = append(out, l)
+	}
+	if len(out) == 0 {
+		return nil, errors.New("no revocation list in PEM is there")
+	}
+	return out, nil
+}
+
 // ParseCertificates reads certificates in PEM; anything else in it is an error.
 func ParseCertificates(text []byte) ([]*x509.Certificate, error) {
 	var out []*x509.Certificate

@@ -8,6 +8,7 @@ import (
 	"crypto/rand"
 	"crypto/tls"
 	"crypto/x509"
+	"encoding/asn1"
 	"encoding/hex"
 	"encoding/json"
 	"encoding/pem"
@@ -15,6 +16,7 @@ import (
 	"fmt"
 	"io"
 	"log/slog"
+	"math/big"
 	"net"
 	"net/http"
 	"os"
@@ -31,6 +33,7 @@ import (
 	"inkan/internal/certext"
 	"inkan/internal/forge"
 	"inkan/internal/problem"
+	"inkan/internal/testca"
 	"inkan/issuer"
 	"inkan/verify"
 )
@@ -536,6 +539,38 @@ func TestInventory(t *testing.T) {
 		t.Errorf("%d certificates, want %d", len(list), len(g.Certificates))
 	}
 	o.must(t, o.admin.RemoveDevice(t.Context(), "host1"))
+}
+
+// TestE5: a device whose record has the vendor's revocation list is refused
+// once the vendor has revoked its EK certificate, or the list is over.
+func TestE5(t *testing.T) {
+	for name, c := range map[string]struct {
+		revoked int64
+		next    time.Duration
+		refused bool
+	}{"good": {5, time.Hour, false}, "revoked": {77, time.Hour, true}, "over": {5, -time.Minute, true}} {
+		t.Run(name, func(t *testing.T) {
+			o := newOffice(t)
+			vendor := testca.New(t)
+			d, err := forge.New()
+			o.must(t, err)
+			d.Hello.EKCertificate, err = x509.CreateCertificate(rand.Reader, &x509.Certificate{SerialNumber: big.NewInt(77), NotBefore: time.Now().Add(-time.Hour), NotAfter: time.Now().Add(time.Hour),
+				KeyUsage: x509.KeyUsageKeyEncipherment, BasicConstraintsValid: true, UnknownExtKeyUsage: []asn1.ObjectIdentifier{{2, 23, 133, 8, 1}}}, vendor.Certificate, &d.EK.PublicKey, vendor.Key)
+			o.must(t, err)
+			crl, err := x509.CreateRevocationList(rand.Reader, &x509.RevocationList{Number: big.NewInt(1), ThisUpdate: time.Now().Add(-time.Hour), NextUpdate: time.Now().Add(c.next),
+				RevokedCertificateEntries: []x509.RevocationListEntry{{SerialNumber: big.NewInt(c.revoked), RevocationTime: time.Now()}}}, vendor.Certificate, vendor.Key)
+			o.must(t, err)
+			ek, err := attest.SPKIDigest(d.Hello.EKPublic)
+			o.must(t, err)
+			o.must(t, o.admin.AddDevice(t.Context(), issuer.Device{ID: "host2", EK: hex.EncodeToString(ek[:]), Roots: string(pem.EncodeToMemory(&pem.Block{Type: "CERTIFICATE", Bytes: vendor.Certificate.Raw})),
+				CRLs: string(pem.EncodeToMemory(&pem.Block{Type: "X509 CRL", Bytes: crl}))}))
+			o.must(t, o.admin.AddAgent(t.Context(), issuer.Agent{Name: "b", Device: "host2", Scope: scopeJSON}))
+			_, err = o.enrol(t, d, "b")
+			if p, ok := errors.AsType[*problem.Problem](err); c.refused && (!ok || p.Check != "E5") || !c.refused && err != nil {
+				t.Errorf("got %v", err)
+			}
+		})
+	}
 }
 
 func TestBadRequests(t *testing.T) {

@@ -141,6 +141,12 @@ func (d *Device) ekOptions(now time.Time) (o attest.EKOptions, err error) {
 		return o, err
 	}
 	o.Roots = pool(roots)
+	if d.CRLs != "" {
+		o.RequireCRL = true
+		if o.CRLs, err = attest.ParseCRLs([]byte(d.CRLs)); err != nil {
+			return o, err
+		}
+	}
 	if d.Intermediates != "" {
 		o.Intermediates, err = attest.ParseCertificates([]byte(d.Intermediates))
 	}

@@ -26,6 +26,7 @@ CREATE TABLE device(
 	ek            BLOB NOT NULL UNIQUE,  -- SHA-256 of the SPKI
 	roots         TEXT NOT NULL,         -- PEM; empty: the EK is pinned
 	intermediates TEXT NOT NULL,
+	crls          TEXT NOT NULL,         -- PEM of the vendor's; empty: it publishes none
 	allow_expired INTEGER NOT NULL,
 	unsafe_clock  INTEGER NOT NULL,
 	min_firmware  INTEGER NOT NULL,
@@ -91,6 +92,7 @@ type Device struct {
 	EK            string `json:"ek"`                      // SHA-256 of the EK's SPKI, hex
 	Roots         string `json:"roots,omitempty"`         // PEM of the vendor's roots; empty: the EK is pinned
 	Intermediates string `json:"intermediates,omitempty"` // PEM
+	CRLs          string `json:"crls,omitempty"`          // PEM of the vendor's revocation lists: then a current one is demanded
 	AllowExpired  bool   `json:"allow_expired,omitzero"`  // of the EK certificate
 	UnsafeClock   bool   `json:"unsafe_clock,omitzero"`   // accept a clock after a loss of power
 	MinFirmware   int64  `json:"min_firmware,omitzero"`
@@ -243,9 +245,14 @@ func (s *store) addDevice(ctx context.Context, d Device, now time.Time) error {
 			return fmt.Errorf("device %s: %s: %w: %w", d.ID, name, ErrInvalid, err)
 		}
 	}
+	if d.CRLs != "" {
+		if _, err := attest.ParseCRLs([]byte(d.CRLs)); err != nil {
+			return fmt.Errorf("device %s: crls: %w: %w", d.ID, ErrInvalid, err)
+		}
+	}
 	return s.inTx(ctx, func(tx *sql.Tx) error {
-		_, err := tx.ExecContext(ctx, "INSERT INTO device(id, ek, roots, intermediates, allow_expired, unsafe_clock, min_firmware, created) VALUES(?, ?, ?, ?, ?, ?, ?, ?)",
-			d.ID, ek, d.Roots, d.Intermediates, d.AllowExpired, d.UnsafeClock, d.MinFirmware, now.Unix())
+		_, err := tx.ExecContext(ctx, "INSERT INTO device(id, ek, roots, intermediates, crls, allow_expired, unsafe_clock, min_firmware, created) VALUES(?, ?, ?, ?, ?, ?, ?, ?, ?)",
+			d.ID, ek, d.Roots, d.Intermediates, d.CRLs, d.AllowExpired, d.UnsafeClock, d.MinFirmware, now.Unix())
 		if err := constraint(err, "device "+d.ID); err != nil {
 			return err
 		}
@@ -253,13 +260,13 @@ func (s *store) addDevice(ctx context.Context, d Device, now time.Time) error {
 	})
 }
 
-const deviceColumns = "id, ek, roots, intermediates, allow_expired, unsafe_clock, min_firmware, ak, srk, clock_ms, resets, restarts"
+const deviceColumns = "id, ek, roots, intermediates, crls, allow_expired, unsafe_clock, min_firmware, ak, srk, clock_ms, resets, restarts"
 
 func scanDevice(row interface{ Scan(...any) error }) (*Device, error) {
 	var d Device
 	var ek []byte
 	var ms, resets, restarts sql.NullInt64
-	if err := row.Scan(&d.ID, &ek, &d.Roots, &d.Intermediates, &d.AllowExpired, &d.UnsafeClock, &d.MinFirmware, &d.ak, &d.srk, &ms, &resets, &restarts); err != nil {
+	if err := row.Scan(&d.ID, &ek, &d.Roots, &d.Intermediates, &d.CRLs, &d.AllowExpired, &d.UnsafeClock, &d.MinFirmware, &d.ak, &d.srk, &ms, &resets, &restarts); err != nil {
 		return nil, err
 	}
 	d.EK, d.Enrolled = hex.EncodeToString(ek), d.ak != nil

@@ -65,6 +65,7 @@ func issuerCommand(e *env) *cli.Command {
 			{Name: "device", Usage: "the TPMs in the inventory", Subcommands: []*cli.Command{
 				sub("add", "add a TPM", deviceAdd, adminFlags(str("id", "`NAME` of the device"), str("ek-certificate", "PEM `FILE` of the EK certificate"),
 					&cli.StringSliceFlag{Name: "ek-root", Usage: "PEM `FILE` with roots of the TPM's vendor"}, &cli.StringSliceFlag{Name: "ek-intermediate", Usage: "PEM `FILE` with CAs below the roots"},
+					&cli.StringSliceFlag{Name: "ek-crl", Usage: "`FILE` with a revocation list of the vendor, PEM or DER; then a current one is demanded"},
 					str("ek-pin", "SHA-256 of the EK's SPKI in `HEX`, for a TPM without a certificate"), &cli.BoolFlag{Name: "allow-expired", Usage: "accept an expired EK certificate"},
 					&cli.BoolFlag{Name: "unsafe-clock", Usage: "accept a TPM clock that lost power without a shutdown"}, &cli.Int64Flag{Name: "min-firmware", Usage: "lowest firmware `VERSION`"})...),
 				sub("list", "list the devices", deviceList, adminFlags()...),
@@ -282,6 +283,16 @@ func deviceAdd(e *env, c *cli.Context) error {
 				}
 				*f.to += string(b)
 			}
+		}
+		for _, path := range c.StringSlice("ek-crl") {
+			b, err := os.ReadFile(path)
+			if err != nil {
+				return err
+			}
+			if !strings.HasPrefix(string(b), "-----BEGIN") {
+				b = pem.EncodeToMemory(&pem.Block{Type: "X509 CRL", Bytes: b})
+			}
+			d.CRLs += string(b)
 		}
 		if err := cl.AddDevice(c.Context, d); err != nil {
 			return err
