@@ -61,7 +61,18 @@ func (p *peer) close() { _ = unix.Close(p.pidfd) }
 
 // alive: the process behind the pidfd still runs, so what /proc says of its
 // number is said of it.
-func (p *peer) alive() bool { return unix.PidfdSendSignal(p.pidfd, 0, nil, 0) == nil }
+// A pidfd is readable once its process has ended; unlike a signal, that can be
+// asked of any user's process.
+func (p *peer) alive() bool {
+	fds := []unix.PollFd{{Fd: int32(p.pidfd), Events: unix.POLLIN}}
+	for {
+		n, err := unix.Poll(fds, 0)
+		if errors.Is(err, unix.EINTR) {
+			continue
+		}
+		return err == nil && n == 0
+	}
+}
 
 var errCallerGone = errors.New("the calling process is gone")
 
