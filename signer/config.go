@@ -5,12 +5,15 @@ import (
 	"encoding/hex"
 	"errors"
 	"fmt"
+	"net/netip"
 	"os"
 	"os/user"
 	"path/filepath"
 	"strconv"
 	"strings"
 	"time"
+
+	"github.com/spiffe/go-spiffe/v2/spiffeid"
 
 	"inkan/internal/strictjson"
 )
@@ -29,6 +32,7 @@ type Config struct {
 	EndorsementF  string        `json:"endorsement_auth_file,omitempty"`
 	Issuer        IssuerConfig  `json:"issuer"`
 	Agents        []AgentConfig `json:"agents"`
+	Remote        *RemoteConfig `json:"remote,omitempty"` // agents on other hosts; none by default
 
 	mode os.FileMode
 }
@@ -52,16 +56,22 @@ type AgentConfig struct {
 	lifetime time.Duration
 }
 
-// CallerConfig is one kind of process that may act as the agent. All members
-// that are given must hold, and at least the user is.
+// CallerConfig is who may act as the agent: a kind of process on this host, or a
+// workload on another. All members that are given must hold; user or spiffe_id is.
 type CallerConfig struct {
-	User       string `json:"user"`                        // name or number
+	User       string `json:"user,omitempty"`              // name or number
 	Executable string `json:"executable,omitempty"`        // path of a file, which is hashed at the start
 	SHA256     string `json:"executable_sha256,omitempty"` // of the executable, hex
 	Unit       string `json:"unit,omitempty"`              // systemd unit
 
-	uid    uint32
-	digest *[32]byte
+	SPIFFEID string   `json:"spiffe_id,omitempty"` // of a workload on another host
+	Networks []string `json:"networks,omitempty"`  // that it may call from; any by default
+	JWT      bool     `json:"jwt,omitzero"`        // it may show a JWT-SVID instead of a certificate
+
+	uid      uint32
+	digest   *[32]byte
+	id       spiffeid.ID
+	networks []netip.Prefix
 }
 
 // ParseConfig reads a configuration file, strictly. Relative paths are below dir.
@@ -101,6 +111,11 @@ func (c *Config) validate(dir string) error {
 	if len(c.Agents) == 0 {
 		return errors.New("agents is empty")
 	}
+	if c.Remote != nil {
+		if err := c.Remote.validate(below); err != nil {
+			return err
+		}
+	}
 	seen := make(map[string]bool)
 	for i := range c.Agents {
 		a := &c.Agents[i]
@@ -112,6 +127,14 @@ func (c *Config) validate(dir string) error {
 		below(&a.ReferenceKey)
 		if err := a.validate(below); err != nil {
 			return fmt.Errorf("agent %.80q: %w", a.Name, err)
+		}
+		for _, x := range a.Callers {
+			if x.SPIFFEID != "" && (c.Remote == nil || !x.id.MemberOf(c.Remote.domain)) {
+				return fmt.Errorf("agent %s: %s can never call: remote is not configured for its trust domain", a.Name, x.SPIFFEID)
+			}
+			if x.JWT && c.Remote.Audience == "" {
+				return fmt.Errorf("agent %s: jwt needs remote.jwt_audience", a.Name)
+			}
 		}
 	}
 	return c.disjoint()
@@ -155,8 +178,13 @@ func (a *AgentConfig) validate(below func(*string)) error {
 }
 
 func (c *CallerConfig) validate() error {
-	if c.User == "" {
-		return errors.New("user is missing")
+	switch {
+	case c.SPIFFEID != "":
+		return c.validateRemote()
+	case c.User == "":
+		return errors.New("user is missing, or spiffe_id for a workload on another host")
+	case len(c.Networks) > 0 || c.JWT:
+		return errors.New("networks and jwt are for a caller with a spiffe_id")
 	}
 	if n, err := strconv.ParseUint(c.User, 10, 32); err == nil {
 		c.uid = uint32(n)
@@ -200,6 +228,12 @@ func (c *Config) disjoint() error {
 		for _, b := range c.Agents[:i] {
 			for _, x := range a.Callers {
 				for _, y := range b.Callers {
+					if x.SPIFFEID != "" || y.SPIFFEID != "" {
+						if x.SPIFFEID != y.SPIFFEID {
+							continue
+						}
+						return fmt.Errorf("agents %s and %s: %s could be both: give each workload an ID of its own", b.Name, a.Name, x.SPIFFEID)
+					}
 					differ := x.uid != y.uid ||
 						x.digest != nil && y.digest != nil && *x.digest != *y.digest ||
 						x.Unit != "" && y.Unit != "" && x.Unit != y.Unit
@@ -217,7 +251,7 @@ func (c *Config) disjoint() error {
 func (c *Config) agentFor(who *caller) (string, bool) {
 	for _, a := range c.Agents {
 		for _, x := range a.Callers {
-			if who.UID == x.uid && (x.digest == nil || *x.digest == who.Executable) && (x.Unit == "" || x.Unit == who.Unit) {
+			if x.SPIFFEID == "" && who.UID == x.uid && (x.digest == nil || *x.digest == who.Executable) && (x.Unit == "" || x.Unit == who.Unit) {
 				return a.Name, true
 			}
 		}

@@ -49,8 +49,18 @@ func (s *Signer) Serve(ctx context.Context, ready func()) error {
 	renewed := make(chan struct{})
 	go func() { s.renewAll(renewals); close(renewed) }()
 
-	errs := make(chan error, 2)
+	errs := make(chan error, 3)
 	servers := []*http.Server{server}
+	if s.remote != nil {
+		rl, err := s.remote.listen()
+		if err != nil {
+			return errors.Join(err, l.Close())
+		}
+		m := &http.Server{Handler: s.handler(), ReadHeaderTimeout: 10 * time.Second, ReadTimeout: 30 * time.Second, WriteTimeout: 60 * time.Second, IdleTimeout: 2 * time.Minute, MaxHeaderBytes: 16 << 10,
+			ErrorLog: server.ErrorLog, ConnContext: withRemote}
+		servers = append(servers, m)
+		go func() { errs <- m.Serve(rl) }()
+	}
 	if s.config.MetricsListen != "" {
 		m := &http.Server{Handler: s.metrics.handler(), ReadHeaderTimeout: 10 * time.Second}
 		ml, err := net.Listen("tcp", s.config.MetricsListen)
@@ -231,6 +241,19 @@ func (s *Signer) as(f func(http.ResponseWriter, *http.Request, *Agent)) http.Han
 				s.fail(w, fmt.Errorf("panic: %v", p))
 			}
 		}()
+		if c, ok := r.Context().Value(remoteKey{}).(*remoteConn); ok {
+			name, err := s.remote.agentOf(r, c)
+			switch {
+			case errors.Is(err, errTooFast):
+				w.Header().Set("Retry-After", "1")
+				problem.Write(w, problem.Problem{Status: http.StatusTooManyRequests, Detail: err.Error()})
+			case err != nil:
+				s.unknown(w, r, err.Error(), nil)
+			default:
+				f(w, r, s.agents[name])
+			}
+			return
+		}
 		p, _ := r.Context().Value(peerKey{}).(*peer)
 		if p == nil {
 			s.unknown(w, r, "its process could not be identified", nil)
@@ -252,7 +275,7 @@ func (s *Signer) as(f func(http.ResponseWriter, *http.Request, *Agent)) http.Han
 
 func (s *Signer) unknown(w http.ResponseWriter, r *http.Request, why string, who *caller) {
 	s.metrics.callers.Inc()
-	detail := "the calling process may not act as any agent: " + why
+	detail := "the caller may not act as any agent: " + why
 	if who != nil {
 		// The caller knows all of this of itself; an operator needs it to configure.
 		detail = fmt.Sprintf("%s (uid %d, executable %x, unit %q)", detail, who.UID, who.Executable, who.Unit)

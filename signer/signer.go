@@ -46,7 +46,8 @@ type Signer struct {
 	log     *slog.Logger
 	metrics *metrics
 	digests digestCache
-	units   bool // some caller is told by its unit
+	units   bool    // some caller is told by its unit
+	remote  *remote // nil: nobody calls from other hosts
 }
 
 // Open opens the agents' records. credentials has an entry for each agent. A
@@ -58,6 +59,12 @@ func Open(ctx context.Context, c *Config, credentials map[string]Credentials, re
 			err = errors.Join(err, s.Close())
 		}
 	}()
+	if c.Remote != nil {
+		if s.remote, err = newRemote(c, log); err != nil {
+			return nil, err
+		}
+		s.metrics.registry.MustRegister(s.remote.gate.refused)
+	}
 	for _, ac := range c.Agents {
 		cred := credentials[ac.Name]
 		if cred.Key == nil {

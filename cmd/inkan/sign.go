@@ -7,18 +7,16 @@ import (
 
 	"inkan/internal/problem"
 	"inkan/scope"
-	"inkan/signer/client"
 )
 
 func signCommand(e *env) *cli.Command {
 	return &cli.Command{
 		Name:  "sign",
 		Usage: "have an action signed; exit code 3 when it is refused",
-		Flags: []cli.Flag{
-			socketFlag(), jsonFlag(),
+		Flags: signerFlags(jsonFlag(),
 			&cli.StringFlag{Name: "action", Usage: "JSON `FILE` with the action; - is standard input"},
 			&cli.BoolFlag{Name: "new-id", Usage: "give the action a fresh id, whatever the file has"},
-		},
+		),
 		Action: func(c *cli.Context) error {
 			path, err := required(c, "action")
 			if err != nil {
@@ -33,7 +31,11 @@ func signCommand(e *env) *cli.Command {
 					return err
 				}
 			}
-			signed, err := client.New(c.String("socket")).SignJSON(c.Context, b)
+			to, err := theSigner(c)
+			if err != nil {
+				return err
+			}
+			signed, err := to.SignJSON(c.Context, b)
 			if err != nil {
 				return refusedOr(err)
 			}

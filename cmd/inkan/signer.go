@@ -18,7 +18,6 @@ import (
 	"inkan/internal/attester"
 	"inkan/internal/keyuri"
 	"inkan/signer"
-	"inkan/signer/client"
 	"inkan/tpm"
 )
 
@@ -40,7 +39,7 @@ func signerCommand(e *env) *cli.Command {
 				}
 				return err
 			}},
-			{Name: "status", Usage: "show the agent that the calling process is", Flags: []cli.Flag{socketFlag(), jsonFlag()}, Action: func(c *cli.Context) error { return signerStatus(e, c) }},
+			{Name: "status", Usage: "show the agent that the calling process is", Flags: signerFlags(jsonFlag()), Action: func(c *cli.Context) error { return signerStatus(e, c) }},
 		},
 	}
 }
@@ -289,7 +288,11 @@ func socketFlag() cli.Flag {
 
 func signerStatus(e *env, c *cli.Context) error {
 	var info signer.AgentInfo
-	if err := client.New(c.String("socket")).Get(c.Context, "/v1/agent", &info); err != nil {
+	to, err := theSigner(c)
+	if err != nil {
+		return err
+	}
+	if err := to.Get(c.Context, "/v1/agent", &info); err != nil {
 		return refusedOr(err)
 	}
 	return e.show(c, info, func() {

@@ -1,16 +1,19 @@
-// Package client asks a signer on this host for signatures: [New] a [Client]
-// for its socket, [Client.Sign] an action.
+// Package client asks a signer for signatures: [New] a [Client] for the socket
+// of the one on this host, or [NewRemote] for one elsewhere; [Client.Sign] an action.
 package client
 
 import (
 	"bytes"
 	"context"
 	"crypto/rand"
+	"crypto/tls"
 	"encoding/base64"
+	"errors"
 	"fmt"
 	"io"
 	"net"
 	"net/http"
+	"strings"
 	"time"
 
 	"inkan/internal/problem"
@@ -21,17 +24,36 @@ import (
 // maxAnswer bounds an answer of the signer, in bytes.
 const maxAnswer = 1 << 20
 
-// Client asks the signer at a unix socket. It is safe for concurrent use.
-type Client struct{ http *http.Client }
+// Client asks a signer. It is safe for concurrent use.
+type Client struct {
+	http  *http.Client
+	base  string
+	token func() (string, error) // nil: the connection says who asks
+}
 
 // New returns a client for the signer's socket.
 func New(socket string) *Client {
-	return &Client{&http.Client{Timeout: 2 * time.Minute, Transport: &http.Transport{
+	return &Client{base: "http://signer", http: &http.Client{Timeout: 2 * time.Minute, Transport: &http.Transport{
 		DialContext: func(ctx context.Context, _, _ string) (net.Conn, error) {
 			return new(net.Dialer).DialContext(ctx, "unix", socket)
 		},
 		MaxIdleConns: 64, MaxIdleConnsPerHost: 64, DisableCompression: true,
 	}}}
+}
+
+// NewRemote returns a client for a signer on another host, such as
+// https://signer.example.org:8444. The configuration has the authorities of the
+// signer's certificate, and the workload's X.509-SVID in Certificates or
+// GetClientCertificate. Without one, token, which may be nil, returns a JWT-SVID for each request.
+func NewRemote(url string, c *tls.Config, token func() (string, error)) (*Client, error) {
+	if !strings.HasPrefix(url, "https://") || c == nil {
+		return nil, errors.New("the signer's address: an https URL and a TLS configuration are expected")
+	}
+	c = c.Clone()
+	c.MinVersion = tls.VersionTLS13
+	return &Client{base: strings.TrimRight(url, "/"), token: token, http: &http.Client{Timeout: 2 * time.Minute, Transport: &http.Transport{
+		TLSClientConfig: c, TLSHandshakeTimeout: 10 * time.Second, IdleConnTimeout: time.Minute, MaxIdleConns: 64, MaxIdleConnsPerHost: 64, DisableCompression: true,
+	}}}, nil
 }
 
 // Signed is a signed action.
@@ -71,11 +93,18 @@ func (c *Client) Get(ctx context.Context, path string, out any) error {
 }
 
 func (c *Client) call(ctx context.Context, method, path string, body []byte, out any) error {
-	req, err := http.NewRequestWithContext(ctx, method, "http://signer"+path, bytes.NewReader(body))
+	req, err := http.NewRequestWithContext(ctx, method, c.base+path, bytes.NewReader(body))
 	if err != nil {
 		return err
 	}
 	req.Header.Set("Content-Type", "application/json")
+	if c.token != nil {
+		token, err := c.token()
+		if err != nil {
+			return fmt.Errorf("the JWT-SVID: %w", err)
+		}
+		req.Header.Set("Authorization", "Bearer "+token)
+	}
 	res, err := c.http.Do(req)
 	if err != nil {
 		return fmt.Errorf("asking the signer: %w", err)
