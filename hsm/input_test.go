@@ -103,8 +103,16 @@ func TestReadPIN(t *testing.T) {
 		{"fd:0", "3 to 1023"},
 		{"s3cret", "expected"},
 		{"env:PIN", "are known"},
+		{"sealed:" + good, ""},
+		{"sealed:/nonexistent", "no such file"},
+		{"sealed:" + file("foreign", "x", 0o600), "of another TPM"},
 	} {
-		p, err := ReadPIN(c.source)
+		p, err := ReadPIN(c.source, func(b []byte) ([]byte, error) { // package tpm opens it: TestSeal
+			if string(b) == "x" {
+				return nil, errors.New("of another TPM")
+			}
+			return b, nil
+		})
 		if c.err == "" {
 			if err != nil || p.value != "s3cret" {
 				t.Errorf("%s: %v", c.source, err)

@@ -1,6 +1,7 @@
 package hsm
 
 import (
+	"bytes"
 	"errors"
 	"fmt"
 	"io"
@@ -28,12 +29,13 @@ func (PIN) GoString() string { return "[PIN]" }
 //	file:/path        a file that its owner alone may read
 //	fd:3              a descriptor that this process was started with; read once
 //	credential:name   a systemd credential: a file in $CREDENTIALS_DIRECTORY
+//	sealed:/path      a file that unseal opens: package tpm's sealed secrets
 //
-// One newline at the end is cut.
-func ReadPIN(source string) (PIN, error) {
+// One newline at the end is cut. unseal may be nil where nothing is sealed.
+func ReadPIN(source string, unseal func(file []byte) ([]byte, error)) (PIN, error) {
 	kind, rest, ok := strings.Cut(source, ":")
 	if !ok || rest == "" {
-		return PIN{}, errors.New("PIN source: file:/path, fd:3 or credential:name is expected")
+		return PIN{}, errors.New("PIN source: file:/path, fd:3, credential:name or sealed:/path is expected")
 	}
 	switch kind {
 	case "file":
@@ -58,9 +60,25 @@ func ReadPIN(source string) (PIN, error) {
 			return PIN{}, errors.New("PIN source: a credential's name has no slash")
 		}
 		return pinFile(filepath.Join(dir, rest))
+	case "sealed":
+		if unseal == nil {
+			return PIN{}, errors.New("PIN source: a sealed PIN opens for a signer's keys only, on the host that it was sealed on")
+		}
+		b, err := os.ReadFile(rest)
+		if err != nil {
+			return PIN{}, fmt.Errorf("sealed PIN: %w", err)
+		}
+		secret, err := unseal(b)
+		if err != nil {
+			return PIN{}, fmt.Errorf("sealed PIN %s: %w", rest, err)
+		}
+		return pinFrom(bytes.NewReader(secret), "sealed in "+rest)
 	}
-	return PIN{}, errors.New("PIN source: file, fd and credential are known")
+	return PIN{}, errors.New("PIN source: file, fd, credential and sealed are known")
 }
+
+// Reveal returns the PIN itself, for sealing it.
+func (p PIN) Reveal() []byte { return []byte(p.value) }
 
 func pinFile(path string) (PIN, error) {
 	f, err := os.Open(path)

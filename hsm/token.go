@@ -12,12 +12,13 @@ import (
 
 // Options of a token. The zero value is ready for use.
 type Options struct {
-	Module    string        // path of the PKCS#11 module; default: the URI's module-path
-	PINSource string        // see ReadPIN; default: the URI's pin-source
-	Timeout   time.Duration // of one call of the module; default 5 s; the worker is killed beyond it
-	Sessions  int           // at most so many signatures at a time; default 16; the token may have fewer
-	Env       []string      // more environment for the worker, such as SOFTHSM2_CONF=/path
-	Worker    []string      // command that calls RunWorker; default: this binary with hsm-worker
+	Module    string                            // path of the PKCS#11 module; default: the URI's module-path
+	PINSource string                            // see ReadPIN; default: the URI's pin-source
+	Timeout   time.Duration                     // of one call of the module; default 5 s; the worker is killed beyond it
+	Sessions  int                               // at most so many signatures at a time; default 16; the token may have fewer
+	Env       []string                          // more environment for the worker, such as SOFTHSM2_CONF=/path
+	Unseal    func(file []byte) ([]byte, error) // opens a sealed PIN; nil: none is
+	Worker    []string                          // command that calls RunWorker; default: this binary with hsm-worker
 }
 
 const (
@@ -107,7 +108,7 @@ func Open(uri string, o Options) (*Token, error) {
 		o.Worker = []string{self, "hsm-worker"}
 	}
 	t := &Token{uri: u, opt: o, now: time.Now}
-	if t.pin, err = ReadPIN(o.PINSource); err != nil {
+	if t.pin, err = ReadPIN(o.PINSource, o.Unseal); err != nil {
 		return nil, err
 	}
 	t.stop, t.end = context.WithCancel(context.Background())

@@ -2,6 +2,9 @@ package tpm
 
 import (
 	"crypto"
+	"crypto/ecdsa"
+	"crypto/elliptic"
+	"crypto/rand"
 	"crypto/sha256"
 	"encoding/binary"
 	"errors"
@@ -64,6 +67,28 @@ func (d *Device) count(t *testing.T) int {
 	return total
 }
 
+// approvedNow has the state of the TPM approved by a key made for it.
+func approvedNow(t *testing.T, d *Device, selection []attest.PCRSelection) *Policies {
+	t.Helper()
+	key, err := ecdsa.GenerateKey(elliptic.P256(), rand.Reader)
+	if err != nil {
+		t.Fatal(err)
+	}
+	area, err := attest.PolicyKeyPublic(&key.PublicKey)
+	if err != nil {
+		t.Fatal(err)
+	}
+	values, err := d.ReadPCRs(selection)
+	if err != nil {
+		t.Fatal(err)
+	}
+	p, err := attest.SignPolicy(key, "now", values, []byte("test"))
+	if err != nil {
+		t.Fatal(err)
+	}
+	return &Policies{PolicyKey: area, Ref: []byte("test"), Approved: []attest.ApprovedPolicy{*p}}
+}
+
 // TestNothingIsLeaked lets every command of every operation fail, before or
 // after it took effect. Afterwards nothing is left in the TPM but what is kept
 // on purpose, and the next use works.
@@ -80,6 +105,11 @@ func TestNothingIsLeaked(t *testing.T) {
 		t.Fatal(err)
 	}
 	digest := sha256.Sum256(nil)
+	policies := approvedNow(t, d, selection)
+	sealed, err := d.Seal([]byte("1234"), policies)
+	if err != nil {
+		t.Fatal(err)
+	}
 	operations := map[string]func() error{
 		"CreateKey": func() error { _, _, err := d.CreateKey(SigningTemplate()); return err },
 		"LoadKey":   func() error { _, err := d.LoadKey(file, nil); return err },
@@ -102,6 +132,8 @@ func TestNothingIsLeaked(t *testing.T) {
 		"Quote":    func() error { _, err := d.Quote(selection, []byte("x")); return err },
 		"ReadPCRs": func() error { _, err := d.ReadPCRs(selection); return err },
 		"EKs":      func() error { _, err := d.EKs(); return err },
+		"Seal":     func() error { _, err := d.Seal([]byte("1234"), policies); return err },
+		"Unseal":   func() error { _, err := d.Unseal(sealed, policies); return err },
 	}
 	for name, operation := range operations {
 		for _, after := range []bool{false, true} {

@@ -208,11 +208,11 @@ func TestConcurrentUseOfManyKeys(t *testing.T) {
 	wg.Wait()
 }
 
-// TestToolsSeeTheKey lets tpm2-tools judge the action key.
-func TestToolsSeeTheKey(t *testing.T) {
-	h := newHost(t)
-	_, file := h.newKey(t)
-	dir := t.TempDir()
+// loadWithTools loads what a TSS2 PRIVATE KEY file holds by tpm2-tools; the
+// context is key.ctx in the directory that it returns.
+func loadWithTools(t *testing.T, h *host, file []byte) (dir string) {
+	t.Helper()
+	dir = t.TempDir()
 	f, err := keyfile.Decode(file)
 	if err != nil {
 		t.Fatal(err)
@@ -233,6 +233,14 @@ func TestToolsSeeTheKey(t *testing.T) {
 			t.Fatalf("%v: %v: %s", args, err, out)
 		}
 	}
+	return dir
+}
+
+// TestToolsSeeTheKey lets tpm2-tools judge the action key.
+func TestToolsSeeTheKey(t *testing.T) {
+	h := newHost(t)
+	_, file := h.newKey(t)
+	dir := loadWithTools(t, h, file)
 	out, err := tool(t, h, "tpm2_readpublic", "-c", dir+"/key.ctx")
 	if err != nil {
 		t.Fatalf("%v: %s", err, out)

@@ -44,6 +44,11 @@ func (w *world) bringUp(ctx context.Context) error {
 	if err := w.signerConfig(map[string]string{"mm-07": w.inkan}); err != nil {
 		return err
 	}
+	if w.hsm != nil {
+		if err := w.sealPIN(ctx); err != nil {
+			return err
+		}
+	}
 	out, err := w.run(ctx, "signer", "enrol", "--config", w.path("signer.yaml"))
 	if err != nil {
 		return err

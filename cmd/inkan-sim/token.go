@@ -50,6 +50,23 @@ func (w *world) makeToken(ctx context.Context) error {
 	return err
 }
 
+// sealPIN seals the token's PIN to the TPM. The file with the plain one is not
+// the signer's any more; here the attacks use it as if it had been stolen.
+func (w *world) sealPIN(ctx context.Context) error {
+	w.say("   the token's PIN is sealed to the TPM:")
+	if _, err := w.run(ctx, "signer", "seal-pin", "--config", w.path("signer.yaml"), "--agent", "mm-07", "--pin-source", "file:"+w.hsm.PINFile, "--out", w.path("pin.sealed")); err != nil {
+		return err
+	}
+	stolen := w.path("stolen.pin")
+	if err := os.Rename(w.hsm.PINFile, stolen); err != nil {
+		return err
+	}
+	w.plainURI = strings.Replace(w.keyURI, "file:"+w.hsm.PINFile, "file:"+stolen, 1)
+	w.keyURI = strings.Replace(w.keyURI, "file:"+w.hsm.PINFile, "sealed:"+w.path("pin.sealed"), 1)
+	w.hsm.PINFile = stolen
+	return w.signerConfig(map[string]string{"mm-07": w.inkan})
+}
+
 // pkcs11Tool runs OpenSC's tool on the token. It takes the PIN from its environment.
 func (w *world) pkcs11Tool(ctx context.Context, args ...string) (result, error) {
 	pin, err := os.ReadFile(w.hsm.PINFile)
@@ -114,14 +131,24 @@ func (w *world) attacksOnToken(ctx context.Context) error {
 	if err != nil {
 		return err
 	}
-	text := strings.NewReplacer("tpm: "+w.tpm.Address, "tpm: "+thief.Address, "state_dir: state", "state_dir: stolen", "run/signer.sock", "run/thief.sock").Replace(string(config))
-	if err := w.write("thief.yaml", text); err != nil {
+	elsewhere := []string{"tpm: " + w.tpm.Address, "tpm: " + thief.Address, "state_dir: state", "state_dir: stolen", "run/signer.sock", "run/thief.sock"}
+	withPIN := []string{w.keyURI, w.plainURI}
+	enrol := func(file string, changes ...string) func() (bool, string, error) {
+		return func() (bool, string, error) {
+			if err := w.write(file, strings.NewReplacer(changes...).Replace(string(config))); err != nil {
+				return false, "", err
+			}
+			r, err := w.try(ctx, "", "signer", "enrol", "--config", w.path(file))
+			return r.code == 0, r.stderr, err
+		}
+	}
+	if r, err := runCommand(ctx, "", "cp", "-a", w.path("state"), w.path("stolen")); err != nil || r.code != 0 {
+		return fmt.Errorf("copying the state: %w: %s", err, r.stderr)
+	}
+	if err := w.attack("stolen disk: PIN file, state, token", "TPM", "the key belongs to another TPM", enrol("thief.yaml", elsewhere...)); err != nil {
 		return err
 	}
-	if err := w.attack("PIN and token on another host", "issuer", "E9", func() (bool, string, error) {
-		r, err := w.try(ctx, "", "signer", "enrol", "--config", w.path("thief.yaml"))
-		return r.code == 0, r.stderr, err
-	}); err != nil {
+	if err := w.attack("PIN and token on another host", "issuer", "E9", enrol("thief2.yaml", append(elsewhere, withPIN...)...)); err != nil {
 		return err
 	}
 	if err := w.attack("order above the limit", "signer", "max_order_notional", func() (bool, string, error) {
@@ -129,11 +156,11 @@ func (w *world) attacksOnToken(ctx context.Context) error {
 	}); err != nil {
 		return err
 	}
-	return w.attack("changed host renews", "issuer", "P1", func() (bool, string, error) {
-		if err := w.tpm.ExtendPCR(7, []byte("another Secure Boot policy")); err != nil {
-			return false, "", err
-		}
-		r, err := w.try(ctx, "", "signer", "enrol", "--config", w.path("signer.yaml"))
-		return r.code == 0, r.stderr, err
-	})
+	if err := w.tpm.ExtendPCR(7, []byte("another Secure Boot policy")); err != nil {
+		return err
+	}
+	if err := w.attack("changed host opens the PIN", "TPM", "PCR 7", enrol("changed.yaml")); err != nil {
+		return err
+	}
+	return w.attack("changed host knows the PIN, renews", "issuer", "P1", enrol("changed2.yaml", withPIN...))
 }

@@ -29,6 +29,7 @@ type world struct {
 	keptJWS   string // signed and not shown to the venue yet
 	hsm       *simulator.SoftHSM
 	keyURI    string // of the action key in the token; empty: it is in the TPM
+	plainURI  string // the same with the PIN in a file, before it was sealed
 }
 
 const scopeYAML = `# What the agent may do.

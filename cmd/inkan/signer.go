@@ -15,7 +15,9 @@ import (
 	"github.com/urfave/cli/v2"
 
 	"inkan/attest"
+	"inkan/hsm"
 	"inkan/internal/attester"
+	"inkan/internal/durable"
 	"inkan/internal/keyuri"
 	"inkan/signer"
 	"inkan/tpm"
@@ -39,6 +41,11 @@ func signerCommand(e *env) *cli.Command {
 				}
 				return err
 			}},
+			{Name: "seal-pin", Usage: "seal an HSM's PIN to this host's TPM, for as long as the host is in an approved state", Flags: config(jsonFlag(),
+				&cli.StringFlag{Name: "agent", Usage: "`NAME` of the agent whose key is in the HSM"},
+				&cli.StringFlag{Name: "pin-source", Usage: "where the PIN is now: file:/path, fd:3 or credential:name: `SOURCE`"},
+				&cli.StringFlag{Name: "out", Usage: "write the sealed PIN to `FILE`"}),
+				Action: func(c *cli.Context) error { return signerSealPIN(e, c) }},
 			{Name: "status", Usage: "show the agent that the calling process is", Flags: signerFlags(jsonFlag()), Action: func(c *cli.Context) error { return signerStatus(e, c) }},
 		},
 	}
@@ -74,7 +81,7 @@ func (h *host) close() {
 }
 
 // external opens the agent's key in a token, if it has one there.
-func (h *host) external(agent string) (map[string]crypto.Signer, error) {
+func (h *host) external(ctx context.Context, agent string) (map[string]crypto.Signer, error) {
 	if k := h.tokens[agent]; k != nil {
 		return map[string]crypto.Signer{attest.PurposeAction: k}, nil
 	}
@@ -82,7 +89,7 @@ func (h *host) external(agent string) (map[string]crypto.Signer, error) {
 		if a.Name != agent || a.Key == "" {
 			continue
 		}
-		k, closer, err := keyuri.Open(a.Key)
+		k, closer, err := keyuri.OpenSealed(a.Key, func(file []byte) ([]byte, error) { return h.unseal(ctx, agent, file) })
 		if err != nil {
 			return nil, fmt.Errorf("agent %s: %w", agent, err)
 		}
@@ -90,6 +97,27 @@ func (h *host) external(agent string) (map[string]crypto.Signer, error) {
 		return map[string]crypto.Signer{attest.PurposeAction: k}, nil
 	}
 	return nil, nil
+}
+
+// unseal opens a PIN that was sealed under the policies of the agent's issuer.
+// The host may be in a state that was approved since it last asked.
+func (h *host) unseal(ctx context.Context, agent string, file []byte) ([]byte, error) {
+	state, err := signer.OpenState(h.config.StateDir, agent)
+	if err != nil {
+		return nil, err
+	}
+	var saved tpm.Policies
+	if ok, err := state.Policies(&saved); err == nil && ok {
+		secret, err := h.dev.Unseal(file, &saved)
+		if err == nil || errors.Is(err, tpm.ErrForeignKey) {
+			return secret, err
+		}
+	}
+	policies, err := attester.Policies(ctx, h.issuer, h.dev, agent)
+	if err != nil {
+		return nil, err
+	}
+	return h.dev.Unseal(file, policies)
 }
 
 func openHost(config *signer.Config) (*host, error) {
@@ -128,7 +156,7 @@ func (h *host) enrol(ctx context.Context, agent string) ([]*x509.Certificate, ti
 	if err != nil {
 		return nil, time.Time{}, err
 	}
-	external, err := h.external(agent)
+	external, err := h.external(ctx, agent)
 	if err != nil {
 		return nil, time.Time{}, err
 	}
@@ -194,7 +222,7 @@ func (h *host) credentials(ctx context.Context, agent string) (signer.Credential
 			return signer.Credentials{}, fmt.Errorf("enrolling agent %s: %w", agent, err)
 		}
 	}
-	external, err := h.external(agent)
+	external, err := h.external(ctx, agent)
 	if err != nil {
 		return signer.Credentials{}, err
 	}
@@ -251,6 +279,50 @@ func signerEnrol(e *env, c *cli.Context) error {
 		for _, x := range list {
 			e.printf("%s has the certificate %s until %s\n", x.Agent, x.Serial, x.NotAfter.Format(time.RFC3339))
 		}
+	})
+}
+
+func signerSealPIN(e *env, c *cli.Context) error {
+	var agent, source, out string
+	for name, to := range map[string]*string{"agent": &agent, "pin-source": &source, "out": &out} {
+		var err error
+		if *to, err = required(c, name); err != nil {
+			return err
+		}
+	}
+	config, err := readSignerConfig(c)
+	if err != nil {
+		return err
+	}
+	if out, err = filepath.Abs(out); err != nil {
+		return err
+	}
+	pin, err := hsm.ReadPIN(source, nil)
+	if err != nil {
+		return err
+	}
+	h, err := openHost(config)
+	if err != nil {
+		return err
+	}
+	defer h.close()
+	policies, err := attester.Policies(c.Context, h.issuer, h.dev, agent)
+	if err != nil {
+		return err
+	}
+	sealed, err := h.dev.Seal(pin.Reveal(), policies)
+	if err != nil {
+		return err
+	}
+	// A PIN that could not be opened again would be found out at the worst moment.
+	if _, err := h.dev.Unseal(sealed, policies); err != nil {
+		return fmt.Errorf("the PIN could not be opened again, so nothing was written: %w", err)
+	}
+	if err := durable.WriteFile(out, sealed, 0o600); err != nil {
+		return err
+	}
+	return e.show(c, map[string]string{"pin_source": "sealed:" + out}, func() {
+		e.printf("sealed; the key's URI takes pin-source=sealed:%s\nremove the PIN from %s\n", out, source)
 	})
 }
 

@@ -67,6 +67,22 @@ func Run(ctx context.Context, issuer Issuer, dev *tpm.Device, agent string, keys
 	return x.Outcome, nil
 }
 
+// Policies asks the issuer under which policies an agent's keys work on this
+// host now: the first two messages of an exchange that goes no further.
+func Policies(ctx context.Context, issuer Issuer, dev *tpm.Device, agent string) (*tpm.Policies, error) {
+	x, err := Begin(ctx, issuer, dev, agent, nil)
+	if err != nil {
+		return nil, err
+	}
+	defer x.Close()
+	return x.policies(), nil
+}
+
+func (x *Exchange) policies() *tpm.Policies {
+	c := &x.Challenge
+	return &tpm.Policies{PolicyKey: c.PolicyKey, Ref: c.PolicyRef, Approved: c.Policies}
+}
+
 // Begin sends M1, which says who asks and from which device, and takes M2.
 // change, if not nil, may change M1; it is for tests.
 func Begin(ctx context.Context, issuer Issuer, dev *tpm.Device, agent string, change func(*attest.Hello)) (*Exchange, error) {
@@ -104,7 +120,7 @@ func (x *Exchange) Collect(keys map[string][]byte, external map[string]crypto.Si
 		}
 		ev.Secret = secret
 	}
-	x.Outcome = &Outcome{Policies: &tpm.Policies{PolicyKey: c.PolicyKey, Ref: c.PolicyRef, Approved: c.Policies}, Keys: make(map[string][]byte)}
+	x.Outcome = &Outcome{Policies: x.policies(), Keys: make(map[string][]byte)}
 	loaded, err := ensureKeys(x.dev, c, keys, external, x.Outcome)
 	if err != nil {
 		return nil, err

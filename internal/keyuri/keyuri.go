@@ -26,7 +26,10 @@ type nothing struct{}
 func (nothing) Close() error { return nil }
 
 // Open opens the key that uri names. Close the closer when done.
-func Open(uri string) (crypto.Signer, io.Closer, error) {
+func Open(uri string) (crypto.Signer, io.Closer, error) { return OpenSealed(uri, nil) }
+
+// OpenSealed is Open where a token's PIN may be sealed: unseal opens its file.
+func OpenSealed(uri string, unseal func(file []byte) ([]byte, error)) (crypto.Signer, io.Closer, error) {
 	scheme, rest, ok := strings.Cut(uri, ":")
 	if !ok {
 		return nil, nil, fmt.Errorf("key %.64q: a URI is expected, such as file:/etc/inkan/ca.key or tpm:/dev/tpmrm0?key=/etc/inkan/ca.tss2.pem", uri)
@@ -38,7 +41,7 @@ func Open(uri string) (crypto.Signer, io.Closer, error) {
 	case "tpm":
 		return fromTPM(rest)
 	case "pkcs11":
-		return fromToken(uri)
+		return fromToken(uri, unseal)
 	}
 	return nil, nil, fmt.Errorf("key URI with the scheme %.16q: file, tpm or pkcs11 is expected", scheme)
 }
@@ -70,7 +73,7 @@ func fromFile(path string) (crypto.Signer, error) {
 	return s, nil
 }
 
-func fromToken(uri string) (crypto.Signer, io.Closer, error) {
+func fromToken(uri string, unseal func([]byte) ([]byte, error)) (crypto.Signer, io.Closer, error) {
 	u, err := hsm.ParseURI(uri)
 	if err != nil {
 		return nil, nil, err
@@ -78,7 +81,7 @@ func fromToken(uri string) (crypto.Signer, io.Closer, error) {
 	if len(u.ID) == 0 {
 		return nil, nil, errors.New("key URI: it names no key: id= is missing; inkan hsm keygen prints a whole one")
 	}
-	t, err := hsm.Open(uri, hsm.Options{})
+	t, err := hsm.Open(uri, hsm.Options{Unseal: unseal})
 	if err != nil {
 		return nil, nil, err
 	}
