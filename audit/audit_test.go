@@ -38,6 +38,11 @@ type desk struct {
 
 func newDesk(t testing.TB) *desk {
 	t.Helper()
+	return newDeskWith(t, scopeJSON)
+}
+
+func newDeskWith(t testing.TB, scopeJSON string) *desk {
+	t.Helper()
 	d := &desk{ca: testca.New(t), path: filepath.Join(t.TempDir(), "log.db")}
 	d.agent = d.ca.Agent(t, "a", []byte(scopeJSON), nil)
 	var err error

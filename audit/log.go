@@ -71,6 +71,10 @@ CREATE TABLE certificate(
 	sha256 BLOB PRIMARY KEY,
 	chain  BLOB NOT NULL            -- DER, leaf first
 ) STRICT;
+CREATE TABLE start(
+	sha256   BLOB PRIMARY KEY,
+	document BLOB NOT NULL          -- how a process was started, which statements name by digest
+) STRICT;
 `
 
 // Identity is what stands in a statement beside the action: who signs, under
@@ -84,6 +88,8 @@ type Identity struct {
 	AttestedAt  time.Time // when that was appraised
 	Lifetime    time.Duration
 	NotAfter    time.Time // end of the certificate; zero: none
+
+	Run *scope.Run // how the process that asks was started; nil: not under confinement
 }
 
 // Head is the state of a log.
@@ -123,7 +129,7 @@ type Log struct {
 }
 
 type statements struct {
-	begin, commit, leaf, signature, hash, head, find, certificate, readHash *sql.Stmt
+	begin, commit, leaf, signature, hash, head, find, certificate, start, readHash *sql.Stmt
 }
 
 // Open opens or makes the log at path. One process has it open at a time
@@ -192,6 +198,7 @@ func (l *Log) prepare(ctx context.Context) error {
 		{&l.stmt.head, "INSERT INTO head(one, size, root, previous, time) VALUES(1, ?, ?, ?, ?) ON CONFLICT(one) DO UPDATE SET size = excluded.size, root = excluded.root, previous = excluded.previous, time = excluded.time"},
 		{&l.stmt.find, "SELECT l.counter, l.payload, l.statement, coalesce(s.jws, '') FROM leaf l LEFT JOIN signature s USING(counter) WHERE l.id = ?"},
 		{&l.stmt.certificate, "INSERT OR IGNORE INTO certificate(sha256, chain) VALUES(?, ?)"},
+		{&l.stmt.start, "INSERT OR IGNORE INTO start(sha256, document) VALUES(?, ?)"},
 		{&l.stmt.readHash, "SELECT hash FROM hash WHERE idx = ?"},
 	} {
 		stmt, err := l.conn.PrepareContext(ctx, s.sql)
@@ -356,6 +363,14 @@ func (l *Log) AddCertificate(ctx context.Context, chain []*x509.Certificate) err
 	}
 	sum := sha256.Sum256(chain[0].Raw)
 	return l.send(ctx, &request{certificate: sum[:], chain: der.Bytes()}).err
+}
+
+// AddStart keeps a start document, which later entries name by its digest.
+func (l *Log) AddStart(ctx context.Context, document []byte) error {
+	if _, err := scope.ParseStartDocument(document); err != nil {
+		return fmt.Errorf("record: %w", err)
+	}
+	return l.send(ctx, &request{start: document}).err
 }
 
 // Close writes what waits and closes the log. A second Close does nothing.

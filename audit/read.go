@@ -106,19 +106,28 @@ func (s *Snapshot) Entries(ctx context.Context) iter.Seq2[Entry, error] {
 
 // chains returns the stored certificate chains, DER, by the SHA-256 of the leaf.
 func (s *Snapshot) chains(ctx context.Context) (map[[32]byte][]byte, error) {
-	rows, err := s.tx.QueryContext(ctx, "SELECT sha256, chain FROM certificate")
+	return s.blobs(ctx, "SELECT sha256, chain FROM certificate")
+}
+
+// starts returns the stored start documents by their SHA-256.
+func (s *Snapshot) starts(ctx context.Context) (map[[32]byte][]byte, error) {
+	return s.blobs(ctx, "SELECT sha256, document FROM start")
+}
+
+func (s *Snapshot) blobs(ctx context.Context, query string) (map[[32]byte][]byte, error) {
+	rows, err := s.tx.QueryContext(ctx, query)
 	if err != nil {
 		return nil, err
 	}
 	defer rows.Close()
 	out := make(map[[32]byte][]byte)
 	for rows.Next() {
-		var sum, chain []byte
-		if err := rows.Scan(&sum, &chain); err != nil {
+		var sum, content []byte
+		if err := rows.Scan(&sum, &content); err != nil {
 			return nil, err
 		}
 		if len(sum) == 32 {
-			out[[32]byte(sum)] = chain
+			out[[32]byte(sum)] = content
 		}
 	}
 	return out, rows.Err()

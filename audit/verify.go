@@ -57,8 +57,11 @@ func VerifyFile(ctx context.Context, path string, roots *x509.CertPool, progress
 		return nil, err
 	}
 	defer s.Close()
-	v := &verification{roots: roots, report: &Report{Unsigned: []uint64{}}, certificates: make(map[scope.Digest]*certificate), book: scope.NewBook()}
+	v := &verification{roots: roots, report: &Report{Unsigned: []uint64{}}, certificates: make(map[scope.Digest]*certificate), started: make(map[scope.Run]string), book: scope.NewBook()}
 	if v.stored, err = s.chains(ctx); err != nil {
+		return nil, err
+	}
+	if v.starts, err = s.starts(ctx); err != nil {
 		return nil, err
 	}
 	if err := v.run(ctx, s, progress); err != nil {
@@ -72,6 +75,8 @@ func VerifyFile(ctx context.Context, path string, roots *x509.CertPool, progress
 type verification struct {
 	roots        *x509.CertPool
 	stored       map[[32]byte][]byte
+	starts       map[[32]byte][]byte           // start documents
+	started      map[scope.Run]string          // those that were checked, and the agent of each
 	certificates map[scope.Digest]*certificate // verified for form
 
 	report   *Report
@@ -165,6 +170,9 @@ func (v *verification) entry(e Entry) (task, error) {
 	if err != nil {
 		return task{}, err
 	}
+	if err := v.start(st); err != nil {
+		return task{}, err
+	}
 	if st.Decision.Decision == scope.DecisionDeny {
 		r.Denials++
 		if e.JWS != "" {
@@ -189,6 +197,31 @@ func (v *verification) entry(e Entry) (task, error) {
 		r.Signed++
 	}
 	return task{e, st, cert}, nil
+}
+
+// start: what a statement says of the process that asked is what its start
+// document in the record says.
+func (v *verification) start(st *scope.Statement) error {
+	if st.Run == nil || v.started[*st.Run] == st.Agent && st.Agent != "" {
+		return nil
+	}
+	b, ok := v.starts[st.Run.Start]
+	if !ok {
+		return errors.New("its start document is not in the record")
+	}
+	d, err := scope.ParseStartDocument(b)
+	if err != nil {
+		return err
+	}
+	run, err := d.Run()
+	if err != nil {
+		return err
+	}
+	if *run != *st.Run || d.Agent != st.Agent {
+		return errors.New("it says another thing of its start than the start document")
+	}
+	v.started[*st.Run] = st.Agent
+	return nil
 }
 
 // grow adds a leaf to the tree: subtrees of equal size join (RFC 9162, section 2.1).
@@ -264,7 +297,7 @@ func (v *verification) signed(t task) error {
 	if at := st.Time.Time; at.Before(crt.NotBefore) || at.After(crt.NotAfter) {
 		return fail("the statement is from %s, outside the life of its certificate", at.Format(time.RFC3339))
 	}
-	env := scope.Env{Now: st.Time.Time, AttestedAt: c.action.Attestation.Time, Reference: st.ReferencePrice()}
+	env := scope.Env{Now: st.Time.Time, AttestedAt: c.action.Attestation.Time, Reference: st.ReferencePrice(), Run: st.Run}
 	permit, err := scope.Check(c.scope, st.Action(), env)
 	if err != nil {
 		return fail("it is out of scope: %v", err)

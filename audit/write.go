@@ -67,6 +67,8 @@ type request struct {
 	jws     string
 	// or a certificate:
 	certificate, chain []byte
+	// or a start document:
+	start []byte
 
 	receipt *Receipt
 	err     error
@@ -252,6 +254,9 @@ func (l *Log) transact(group []*request) (Head, error) {
 		switch {
 		case r.certificate != nil:
 			_, err = l.stmt.certificate.Exec(r.certificate, r.chain)
+		case r.start != nil:
+			sum := sha256.Sum256(r.start)
+			_, err = l.stmt.start.Exec(sum[:], r.start)
 		case r.jws != "":
 			_, err = l.stmt.signature.Exec(int64(r.counter), r.jws)
 		default:
@@ -383,6 +388,10 @@ func (l *Log) statement(r *request, head Head) (b []byte, use *scope.Use, at tim
 		Time: scope.Timestamp{Time: at}, Expires: at.Add(id.Lifetime).Unix(),
 		Decision:    scope.Decision{Decision: scope.DecisionPermit, Certificate: id.Certificate, Scope: id.Scope},
 		Attestation: scope.Attestation{Evidence: id.Evidence, Time: scope.Timestamp{Time: id.AttestedAt.UTC().Truncate(time.Microsecond)}},
+		Run:         id.Run,
+	}
+	if r.permit != nil {
+		s.Run = r.permit.Env().Run // the one that was checked
 	}
 	if a := r.action; a != nil {
 		s.Audience, s.ID, s.Kind, s.Order, s.Payment, s.Party, s.Native = a.Audience, a.ID, a.Kind, a.Order, a.Payment, a.Party, a.Native

@@ -12,6 +12,7 @@ type Env struct {
 	Now        time.Time       // the time of the action
 	Reference  *ReferencePrice // for the action's instrument; nil: there is none
 	AttestedAt time.Time       // when the evidence behind the certificate was appraised
+	Run        *Run            // how the process that asks was started; nil: not under confinement
 }
 
 // Permit shows that Check allowed an action. Only Check makes one; the zero
@@ -96,10 +97,11 @@ func begin(s *Scope, a *Action, env Env) (*Permit, *Refusal) {
 }
 
 // rules in the order of the Rule constants. Each looks at what the scope says
-// and returns a refusal or nil. Cancels skip those below the first four (G7).
+// and returns a refusal or nil. Cancels skip those below checkVenue (G7).
 var rules = [...]func(*Permit) *Refusal{
 	(*Permit).checkLifetime,
 	(*Permit).checkAttestationAge,
+	(*Permit).checkRun,
 	(*Permit).checkVenue,
 	(*Permit).checkKind,
 	(*Permit).checkTradingWindow,
@@ -136,6 +138,16 @@ func (p *Permit) checkAttestationAge() *Refusal {
 	if p.env.AttestedAt.IsZero() || age > time.Duration(max)*time.Second {
 		return &Refusal{Rule: RuleAttestationAge, Limit: fmt.Sprint(max), Value: fmt.Sprint(int64(age / time.Second)),
 			Message: fmt.Sprintf("the host was attested %d s ago, at most %d s are allowed: renew the certificate", int64(age/time.Second), max)}
+	}
+	return nil
+}
+
+func (p *Permit) checkRun() *Refusal {
+	if o := p.scope.doc.OS; o != nil {
+		return o.Refuses(p.env.Run)
+	}
+	if p.env.Run != nil {
+		return &Refusal{Rule: RuleOS, Field: "run", Message: "the agent was started under an os section, and its scope has none: start it again"}
 	}
 	return nil
 }

@@ -15,6 +15,8 @@ const (
 	RuleNotBefore         Rule = "not_before"
 	RuleNotAfter          Rule = "not_after"
 	RuleAttestationAge    Rule = "max_attestation_age_s"
+	RuleOS                Rule = "os"       // the process was not started under the scope's os section
+	RuleStart             Rule = "os_start" // what was started is not in os.start
 	RuleVenues            Rule = "allowed_venues"
 	RuleActions           Rule = "allowed_actions"
 	RuleTradingWindow     Rule = "trading_window"

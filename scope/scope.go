@@ -64,6 +64,9 @@ type document struct {
 	NotBefore    *time.Time `json:"not_before,omitempty"`
 	NotAfter     *time.Time `json:"not_after,omitempty"`
 	AttestationS uint32     `json:"max_attestation_age_s,omitzero"`
+
+	// What the operating system lets the agent's process do: see OS.
+	OS *OS `json:"os,omitempty"`
 }
 
 // Instrument is one instrument that may be traded.
@@ -344,6 +347,11 @@ func (d *document) validateLimits() error {
 	}
 	if d.NotBefore != nil && d.NotAfter != nil && !d.NotBefore.Before(*d.NotAfter) {
 		return errors.New("not_before is not before not_after")
+	}
+	if d.OS != nil {
+		if err := d.OS.validate(); err != nil {
+			return fmt.Errorf("os: %w", err)
+		}
 	}
 	return nil
 }

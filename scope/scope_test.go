@@ -28,6 +28,7 @@ type vector struct {
 		Now        time.Time             `json:"now"`
 		AttestedAt time.Time             `json:"attested_at"`
 		Reference  *scope.ReferencePrice `json:"reference"`
+		Run        *scope.Run            `json:"run"`
 	} `json:"env"`
 	Expect   string `json:"expect"`
 	Rule     string `json:"rule"`
@@ -96,7 +97,7 @@ func TestVectors(t *testing.T) {
 			if err := valid(t, scopes, v.Scope); err != nil {
 				t.Errorf("the schema refuses the scope: %v", err)
 			}
-			env := scope.Env{Now: v.Env.Now, AttestedAt: v.Env.AttestedAt, Reference: v.Env.Reference}
+			env := scope.Env{Now: v.Env.Now, AttestedAt: v.Env.AttestedAt, Reference: v.Env.Reference, Run: v.Env.Run}
 			a, err := scope.ParseAction(v.Action)
 			if err == nil {
 				if err := valid(t, actions, v.Action); err != nil {

@@ -97,6 +97,7 @@ type Statement struct {
 	Native      *Native     `json:"native,omitzero"`
 	Decision    Decision    `json:"scope"`
 	Attestation Attestation `json:"att"`
+	Run         *Run        `json:"run,omitempty"` // how the process that asked was started; absent where it is not confined
 }
 
 // Decision says under what the action was permitted, or by what it was denied.

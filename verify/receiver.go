@@ -165,7 +165,7 @@ func (r *Receiver) Verify(ctx context.Context, compact []byte, body *Body) (*Ver
 		return nil, refuse(ReasonAttestation, "the host was attested %s ago, at most %s are accepted", age.Round(time.Second), r.c.MaxAttestationAge)
 	}
 	action := st.Action()
-	env := scope.Env{Now: st.Time.Time, AttestedAt: cred.action.Attestation.Time, Reference: r.reference(st, action)}
+	env := scope.Env{Now: st.Time.Time, AttestedAt: cred.action.Attestation.Time, Reference: r.reference(st, action), Run: st.Run}
 	permit, err := scope.Check(cred.scope, action, env)
 	if err != nil {
 		return nil, refuse(ReasonScope, "%v", err)
