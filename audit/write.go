@@ -69,6 +69,9 @@ type request struct {
 	certificate, chain []byte
 	// or a start document:
 	start []byte
+	// or a question:
+	usageOf *scope.Scope
+	usage   []scope.Utilisation
 
 	receipt *Receipt
 	err     error
@@ -110,6 +113,20 @@ func (l *Log) Refuse(ctx context.Context, a *scope.Action, r *scope.Refusal, id 
 		return nil
 	}
 	return err
+}
+
+// Usage returns what is used now of a scope's limits over time.
+func (l *Log) Usage(ctx context.Context, s *scope.Scope) ([]scope.Utilisation, error) {
+	r := l.send(ctx, &request{usageOf: s})
+	return r.usage, r.err
+}
+
+// later is the later of two moments: time does not go back in a record.
+func later(a, b time.Time) time.Time {
+	if a.Before(b) {
+		return b
+	}
+	return a
 }
 
 // Complete keeps the signed form of a recorded action. It is written with the
@@ -252,6 +269,8 @@ func (l *Log) transact(group []*request) (Head, error) {
 	for _, r := range group {
 		var err error
 		switch {
+		case r.usageOf != nil:
+			r.usage = l.book.Usage(r.usageOf, later(l.now(), head.Time))
 		case r.certificate != nil:
 			_, err = l.stmt.certificate.Exec(r.certificate, r.chain)
 		case r.start != nil:
@@ -379,9 +398,7 @@ func (l *Log) statement(r *request, head Head) (b []byte, use *scope.Use, at tim
 	if r.permit != nil {
 		at = r.permit.Env().Now // the moment for which it was checked
 	}
-	if at = at.UTC().Truncate(time.Microsecond); at.Before(head.Time) {
-		at = head.Time // time does not go back in a record
-	}
+	at = later(at.UTC().Truncate(time.Microsecond), head.Time)
 	id := &r.identity
 	s := &scope.Statement{
 		Version: 1, Issuer: id.Issuer, Agent: id.Agent, Counter: scope.Counter(head.Size + 1), Previous: head.Previous,

@@ -3,6 +3,7 @@ package scope
 import (
 	"fmt"
 	"slices"
+	"strconv"
 	"time"
 )
 
@@ -65,6 +66,16 @@ type Utilisation struct {
 	Window Window `json:"win"`
 	Used   string `json:"used"`
 	Of     string `json:"of"`
+}
+
+// Ratio is what is used as a part of the limit, for a gauge; 1 where the limit is 0.
+func (u Utilisation) Ratio() float64 {
+	used, err1 := strconv.ParseFloat(u.Used, 64)
+	of, err2 := strconv.ParseFloat(u.Of, 64)
+	if err1 != nil || err2 != nil || of == 0 {
+		return 1
+	}
+	return used / of
 }
 
 // Book sums up what was used. Uses are added in the order of their times. It
@@ -138,8 +149,8 @@ func (w *running) add(amount Decimal, count uint32) {
 	w.count += count
 }
 
-// at returns what is in a window that ends at t.
-func (b *Book) at(k windowKey, t time.Time) *running {
+// window returns the running sum of a window as it was last looked at.
+func (b *Book) window(k windowKey) *running {
 	w := b.windows[k]
 	if w == nil {
 		w = &running{first: b.base}
@@ -148,6 +159,18 @@ func (b *Book) at(k windowKey, t time.Time) *running {
 		}
 		b.windows[k] = w
 	}
+	return w
+}
+
+// at returns what is in a window that ends at t. No later call may ask for an earlier time.
+func (b *Book) at(k windowKey, t time.Time) *running {
+	w := b.window(k)
+	b.advance(w, k, t)
+	return w
+}
+
+// advance takes out what has left the window by t.
+func (b *Book) advance(w *running, k windowKey, t time.Time) {
 	edge, inclusive := k.window.begin(t)
 	for ; w.first < b.base+len(b.uses); w.first++ {
 		u := &b.uses[w.first-b.base]
@@ -158,7 +181,6 @@ func (b *Book) at(k windowKey, t time.Time) *running {
 		w.sum, _ = w.sum.Sub(amount)
 		w.count -= count
 	}
-	return w
 }
 
 // limitsOf lists the limits over time that apply to an action of the scope.
@@ -299,5 +321,54 @@ func (b *Book) Utilisation(s *Scope, u Use) []Utilisation {
 		out = append(out, x)
 		return nil
 	})
+	return out
+}
+
+// Usage returns what is used of each limit over time at a moment, which may be
+// later than that of the next use: nothing is changed. A limit for any
+// instrument stands once for each instrument that something was done in.
+func (b *Book) Usage(s *Scope, at time.Time) []Utilisation {
+	var out []Utilisation
+	add := func(k windowKey, of Decimal, count uint32) *Refusal {
+		w := *b.window(k)
+		b.advance(&w, k, at)
+		x := Utilisation{Limit: k.rule, Key: k.key, Window: k.window, Used: w.sum.String(), Of: of.String()}
+		if k.rule == RuleOrdersWindow || k.rule == RuleMessagesWindow {
+			x.Used, x.Of = fmt.Sprint(w.count), fmt.Sprint(count)
+		}
+		out = append(out, x)
+		return nil
+	}
+	d := &s.doc
+	var instruments []string
+	for i := range b.uses {
+		instruments = append(instruments, b.uses[i].Instrument)
+	}
+	for _, l := range d.QtyWindows {
+		instruments = append(instruments, l.Instrument)
+	}
+	slices.Sort(instruments)
+	instruments = slices.DeleteFunc(slices.Compact(instruments), func(i string) bool { return i == "" || i == "*" })
+	var currencies []string
+	for _, l := range d.NotionalWindows {
+		currencies = append(currencies, l.Currency)
+	}
+	for _, c := range slices.Compact(currencies) { // they are sorted
+		s.limitsOf(&Use{Currency: c}, func(k windowKey, of Decimal, count uint32) *Refusal {
+			if k.rule == RuleNotionalWindow {
+				add(k, of, count)
+			}
+			return nil
+		})
+	}
+	for _, i := range instruments {
+		s.limitsOf(&Use{Instrument: i}, func(k windowKey, of Decimal, count uint32) *Refusal {
+			if k.rule == RuleQtyWindow {
+				add(k, of, count)
+			}
+			return nil
+		})
+	}
+	s.limitsOf(&Use{}, add) // what depends on neither
 	return out
 }

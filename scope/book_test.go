@@ -5,6 +5,7 @@ import (
 	"fmt"
 	"math/big"
 	"math/rand/v2"
+	"strings"
 	"testing"
 	"time"
 
@@ -184,5 +185,33 @@ func BenchmarkBook(b *testing.B) {
 			b.Fatal(r)
 		}
 		book.Add(u)
+	}
+}
+
+func TestUsage(t *testing.T) {
+	s := overTime(t, `"max_notional_per_window":[{"currency":"EUR","amount":"1000","window":{"rolling_s":60}},{"currency":"USD","amount":"5","window":{"rolling_s":60}}],
+		"max_qty_per_window":[{"instrument":"*","qty":"1000","window":{"day_cut":"22:00"}},{"instrument":"symbol:X","qty":"20","window":{"day_cut":"22:00"}}],
+		"max_orders_per_window":[{"count":3,"window":{"rolling_s":60}}]`)
+	b := scope.NewBook()
+	list := func(at time.Time) string {
+		var out []string
+		for _, u := range b.Usage(s, at) {
+			out = append(out, fmt.Sprintf("%s %s %s/%s", u.Limit, u.Key, u.Used, u.Of))
+		}
+		return strings.Join(out, "\n")
+	}
+	if got, want := list(noon), "max_notional_per_window EUR 0/1000\nmax_notional_per_window USD 0/5\nmax_qty_per_window symbol:X 0/20\nmax_orders_per_window  0/3"; got != want {
+		t.Errorf("an empty book:\n%s", got)
+	}
+	b.Add(trade(t, s, noon, "order.new", "1", "", "Y", "600"))
+	if got, want := list(noon), "max_notional_per_window EUR 600/1000\nmax_notional_per_window USD 0/5\nmax_qty_per_window symbol:X 0/20\nmax_qty_per_window symbol:Y 600/1000\nmax_orders_per_window  1/3"; got != want {
+		t.Errorf("after one order:\n%s", got)
+	}
+	if got, want := list(noon.Add(time.Minute)), "max_notional_per_window EUR 0/1000\nmax_notional_per_window USD 0/5\nmax_qty_per_window symbol:X 0/20\nmax_qty_per_window symbol:Y 600/1000\nmax_orders_per_window  0/3"; got != want {
+		t.Errorf("a minute later:\n%s", got)
+	}
+	// A look ahead frees nothing for an order that comes with an earlier time.
+	if r := b.Check(s, trade(t, s, noon.Add(time.Second), "order.new", "2", "", "Y", "500")); r == nil || r.Rule != scope.RuleNotionalWindow {
+		t.Errorf("after a look at a later moment the window lets %v", r)
 	}
 }

@@ -54,7 +54,14 @@ func (w Window) end(t time.Time) time.Time {
 
 func (w Window) String() string {
 	if w.RollingS != 0 {
-		return "any " + (time.Duration(w.RollingS) * time.Second).String()
+		d := (time.Duration(w.RollingS) * time.Second).String() // 1h0m0s is 1h
+		if strings.HasSuffix(d, "m0s") {
+			d = strings.TrimSuffix(strings.TrimSuffix(d, "0s"), "h0m")
+			if !strings.HasSuffix(d, "m") {
+				d += "h"
+			}
+		}
+		return "any " + d
 	}
 	return "the day from " + w.DayCut + " UTC"
 }

@@ -37,6 +37,7 @@ type Agent struct {
 	current  atomic.Pointer[credential]
 	now      func() time.Time
 	metrics  *agentMetrics
+	device   func() DeviceStatus // nil: not known
 	logger   *slog.Logger
 }
 

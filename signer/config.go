@@ -23,16 +23,17 @@ const maxConfig = 256 << 10
 
 // Config is a signer's configuration file.
 type Config struct {
-	Socket        string        `json:"socket"`                   // unix socket for agents; systemd may hand over its own
-	SocketMode    string        `json:"socket_mode,omitempty"`    // octal; 0666 by default: callers are authenticated, whoever they are
-	StateDir      string        `json:"state_dir"`                // keys, certificates and records
-	MetricsListen string        `json:"metrics_listen,omitempty"` // host:port; empty: none
-	TPM           string        `json:"tpm"`                      // /dev/tpmrm0, or the socket of a software TPM
-	OwnerAuthFile string        `json:"owner_auth_file,omitempty"`
-	EndorsementF  string        `json:"endorsement_auth_file,omitempty"`
-	Issuer        IssuerConfig  `json:"issuer"`
-	Agents        []AgentConfig `json:"agents"`
-	Remote        *RemoteConfig `json:"remote,omitempty"` // agents on other hosts; none by default
+	Socket        string         `json:"socket"`                   // unix socket for agents; systemd may hand over its own
+	SocketMode    string         `json:"socket_mode,omitempty"`    // octal; 0666 by default: callers are authenticated, whoever they are
+	StateDir      string         `json:"state_dir"`                // keys, certificates and records
+	MetricsListen string         `json:"metrics_listen,omitempty"` // host:port; empty: none
+	TPM           string         `json:"tpm"`                      // /dev/tpmrm0, or the socket of a software TPM
+	OwnerAuthFile string         `json:"owner_auth_file,omitempty"`
+	EndorsementF  string         `json:"endorsement_auth_file,omitempty"`
+	Issuer        IssuerConfig   `json:"issuer"`
+	Agents        []AgentConfig  `json:"agents"`
+	Operators     []CallerConfig `json:"operators,omitempty"` // processes that may see the status of all agents; root and the signer's own user by default
+	Remote        *RemoteConfig  `json:"remote,omitempty"`    // agents on other hosts; none by default
 
 	mode os.FileMode
 }
@@ -110,6 +111,19 @@ func (c *Config) validate(dir string) error {
 	}
 	if len(c.Agents) == 0 {
 		return errors.New("agents is empty")
+	}
+	if len(c.Operators) == 0 {
+		c.Operators = []CallerConfig{{User: "0"}, {User: strconv.Itoa(os.Geteuid())}}
+	}
+	for i := range c.Operators {
+		o := &c.Operators[i]
+		below(&o.Executable)
+		if o.SPIFFEID != "" {
+			return fmt.Errorf("operator %d: operators are on this host", i+1)
+		}
+		if err := o.validate(); err != nil {
+			return fmt.Errorf("operator %d: %w", i+1, err)
+		}
 	}
 	if c.Remote != nil {
 		if err := c.Remote.validate(below); err != nil {
@@ -251,10 +265,15 @@ func (c *Config) disjoint() error {
 func (c *Config) agentFor(who *caller) (string, bool) {
 	for _, a := range c.Agents {
 		for _, x := range a.Callers {
-			if x.SPIFFEID == "" && who.UID == x.uid && (x.digest == nil || *x.digest == who.Executable) && (x.Unit == "" || x.Unit == who.Unit) {
+			if x.is(who) {
 				return a.Name, true
 			}
 		}
 	}
 	return "", false
+}
+
+// is says whether a process on this host is one of this kind.
+func (c *CallerConfig) is(who *caller) bool {
+	return c.SPIFFEID == "" && who.UID == c.uid && (c.digest == nil || *c.digest == who.Executable) && (c.Unit == "" || c.Unit == who.Unit)
 }

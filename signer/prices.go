@@ -31,8 +31,7 @@ type priceFile struct {
 	key  crypto.PublicKey
 
 	mu     sync.Mutex
-	mtime  time.Time
-	size   int64
+	file   fileVersion
 	prices map[string]*scope.ReferencePrice
 	err    error
 }
@@ -68,12 +67,12 @@ func (p *priceFile) find(instrument string) (*scope.ReferencePrice, error) {
 	}
 	p.mu.Lock()
 	defer p.mu.Unlock()
-	fi, err := os.Stat(p.path)
+	v, err := versionOf(p.path)
 	if err != nil {
 		return nil, errors.New("the file of reference prices cannot be read")
 	}
-	if !fi.ModTime().Equal(p.mtime) || fi.Size() != p.size {
-		p.mtime, p.size = fi.ModTime(), fi.Size()
+	if v != p.file {
+		p.file = v
 		p.prices, p.err = p.read()
 	}
 	return p.prices[instrument], p.err

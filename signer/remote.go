@@ -14,6 +14,7 @@ import (
 	"os"
 	"strings"
 	"sync"
+	"syscall"
 	"time"
 
 	"github.com/spiffe/go-spiffe/v2/bundle/spiffebundle"
@@ -354,10 +355,12 @@ func (s *serverCertificate) get(*tls.ClientHelloInfo) (*tls.Certificate, error) 
 	return s.pair, nil
 }
 
-// fileVersion tells one content of a file from the next.
+// fileVersion tells one content of a file from the next: times alone do not,
+// where two come within one tick of the clock.
 type fileVersion struct {
 	modified time.Time
 	size     int64
+	inode    uint64
 }
 
 func versionOf(path string) (fileVersion, error) {
@@ -368,7 +371,11 @@ func versionOf(path string) (fileVersion, error) {
 		}
 		return fileVersion{}, err
 	}
-	return fileVersion{fi.ModTime(), fi.Size()}, nil
+	v := fileVersion{modified: fi.ModTime(), size: fi.Size()}
+	if st, ok := fi.Sys().(*syscall.Stat_t); ok {
+		v.inode = st.Ino
+	}
+	return v, nil
 }
 
 // gatedListener turns away whom the gate does not let in, before a handshake.

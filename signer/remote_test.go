@@ -256,6 +256,13 @@ func TestRemoteCallers(t *testing.T) {
 	if far, tok, at := desk.entries(t, "far"), desk.entries(t, "token"), desk.entries(t, "elsewhere"); far != 1 || tok != 1 || at != 0 {
 		t.Errorf("refused callers left entries: %d, %d, %d", far, tok, at)
 	}
+	to, err := client.NewRemote(d.url(), d.config(d.svid(t, remoteID, nil)), nil)
+	if err != nil {
+		t.Fatal(err)
+	}
+	if err := to.Get(t.Context(), "/v1/status", new(signer.Status)); err == nil {
+		t.Error("the operators' status was shown on another host")
+	}
 	down := d.config(d.svid(t, remoteID, nil))
 	down.MaxVersion = tls.VersionTLS12
 	if c, err := tls.Dial("tcp", d.address, down); err == nil {

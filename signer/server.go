@@ -4,7 +4,6 @@ import (
 	"context"
 	_ "embed"
 	"encoding/base64"
-	"encoding/pem"
 	"errors"
 	"fmt"
 	"io"
@@ -14,7 +13,6 @@ import (
 	"net/http"
 	"os"
 	"path/filepath"
-	"strings"
 	"sync"
 	"time"
 
@@ -175,6 +173,8 @@ type AgentInfo struct {
 	Scope       string    `json:"scope"`       // canonical JSON
 	Description []string  `json:"description"` // of the scope, in words
 	Entries     uint64    `json:"entries"`     // in the record
+
+	Utilisation []scope.Utilisation `json:"utilisation"` // of the limits over time, now
 }
 
 // Receipt is what an agent can ask about an action.
@@ -188,18 +188,16 @@ type Receipt struct {
 func (s *Signer) handler() http.Handler {
 	mux := http.NewServeMux()
 	mux.HandleFunc("POST /v1/actions", s.as(s.act))
-	mux.HandleFunc("GET /v1/agent", s.as(func(w http.ResponseWriter, _ *http.Request, a *Agent) {
-		c := a.current.Load()
-		if c == nil {
-			s.fail(w, &scope.Refusal{Rule: RuleNoCertificate, Message: "the agent has no certificate yet"})
+	mux.HandleFunc("GET /v1/agent", s.as(func(w http.ResponseWriter, r *http.Request, a *Agent) {
+		info, err := a.info(r.Context())
+		if err != nil {
+			s.fail(w, err)
 			return
 		}
-		var text strings.Builder
-		for _, crt := range c.chain {
-			_ = pem.Encode(&text, &pem.Block{Type: "CERTIFICATE", Bytes: crt.Raw}) // a Builder takes everything
-		}
-		problem.JSON(w, http.StatusOK, AgentInfo{Name: a.name, ID: c.action.Agent, Certificate: text.String(), NotAfter: c.chain[0].NotAfter.UTC(),
-			Scope: string(c.scope.Canonical()), Description: c.scope.Describe(), Entries: a.log.Head().Size})
+		problem.JSON(w, http.StatusOK, info)
+	}))
+	mux.HandleFunc("GET /v1/status", s.asOperator(func(w http.ResponseWriter, r *http.Request) {
+		problem.JSON(w, http.StatusOK, s.status(r.Context()))
 	}))
 	mux.HandleFunc("GET /v1/receipts/{id}", s.as(func(w http.ResponseWriter, r *http.Request, a *Agent) {
 		id := r.PathValue("id")
@@ -254,14 +252,8 @@ func (s *Signer) as(f func(http.ResponseWriter, *http.Request, *Agent)) http.Han
 			}
 			return
 		}
-		p, _ := r.Context().Value(peerKey{}).(*peer)
-		if p == nil {
-			s.unknown(w, r, "its process could not be identified", nil)
-			return
-		}
-		who, err := p.describe(&s.digests, s.units)
-		if err != nil {
-			s.unknown(w, r, err.Error(), nil)
+		who := s.processOf(w, r)
+		if who == nil {
 			return
 		}
 		name, ok := s.config.agentFor(who)
@@ -270,6 +262,38 @@ func (s *Signer) as(f func(http.ResponseWriter, *http.Request, *Agent)) http.Han
 			return
 		}
 		f(w, r, s.agents[name])
+	}
+}
+
+// processOf says which process of this host asks; if it cannot, it answers, and returns nil.
+func (s *Signer) processOf(w http.ResponseWriter, r *http.Request) *caller {
+	p, _ := r.Context().Value(peerKey{}).(*peer)
+	if p == nil {
+		s.unknown(w, r, "its process could not be identified", nil)
+		return nil
+	}
+	who, err := p.describe(&s.digests, s.units)
+	if err != nil {
+		s.unknown(w, r, err.Error(), nil)
+		return nil
+	}
+	return who
+}
+
+// asOperator lets the operators' processes through, and nobody from another host.
+func (s *Signer) asOperator(f http.HandlerFunc) http.HandlerFunc {
+	return func(w http.ResponseWriter, r *http.Request) {
+		who := s.processOf(w, r)
+		if who == nil {
+			return
+		}
+		for _, o := range s.config.Operators {
+			if o.is(who) {
+				f(w, r)
+				return
+			}
+		}
+		s.unknown(w, r, "it is none of the operators'", who)
 	}
 }
 

@@ -28,8 +28,9 @@ import (
 
 // Credentials are an agent's key and its certificate chain, leaf first.
 type Credentials struct {
-	Key   crypto.Signer
-	Chain []*x509.Certificate // empty: there is none yet
+	Key    crypto.Signer
+	Chain  []*x509.Certificate // empty: there is none yet
+	Device func() DeviceStatus // what operators see of the device; nil: nothing
 }
 
 // Renewer gets agents certificates. Renew returns a fresh chain for the
@@ -65,6 +66,7 @@ func Open(ctx context.Context, c *Config, credentials map[string]Credentials, re
 		}
 		s.metrics.registry.MustRegister(s.remote.gate.refused)
 	}
+	s.metrics.registry.MustRegister(&statusCollector{s})
 	for _, ac := range c.Agents {
 		cred := credentials[ac.Name]
 		if cred.Key == nil {
@@ -74,7 +76,7 @@ func Open(ctx context.Context, c *Config, credentials map[string]Credentials, re
 		if err := os.MkdirAll(dir, 0o700); err != nil {
 			return nil, err
 		}
-		a := &Agent{name: ac.Name, key: cred.Key, lifetime: ac.lifetime, busy: make(chan struct{}, ac.MaxConcurrent), now: time.Now, metrics: s.metrics.agent(ac.Name), logger: log}
+		a := &Agent{name: ac.Name, key: cred.Key, lifetime: ac.lifetime, busy: make(chan struct{}, ac.MaxConcurrent), now: time.Now, metrics: s.metrics.agent(ac.Name), logger: log, device: cred.Device}
 		if a.prices, err = openPrices(ac.ReferencePrices, ac.ReferenceKey); err != nil {
 			return nil, fmt.Errorf("agent %s: %w", ac.Name, err)
 		}

@@ -625,3 +625,28 @@ func TestSignedReferencePrices(t *testing.T) {
 		}
 	}
 }
+
+func TestStatus(t *testing.T) {
+	self, _ := executables(t)
+	d := start(t, agent("a", self)+"operators:\n  - {user: '12345'}\n")
+	c := client.New(d.socket)
+	if _, err := c.SignJSON(t.Context(), order(client.NewID())); err != nil {
+		t.Fatal(err)
+	}
+	var s signer.Status
+	err := c.Get(t.Context(), "/v1/status", &s)
+	if p, ok := errors.AsType[*problem.Problem](err); !ok || p.Rule != "caller" || !strings.Contains(p.Detail, "none of the operators") {
+		t.Errorf("an agent asks for the operators' status: %v", err)
+	}
+	d = start(t, agent("a", self)+agent("b", "/bin/true"))
+	c = client.New(d.socket)
+	if _, err := c.SignJSON(t.Context(), order(client.NewID())); err != nil {
+		t.Fatal(err)
+	}
+	if err := c.Get(t.Context(), "/v1/status", &s); err != nil {
+		t.Fatal(err)
+	}
+	if len(s.Agents) != 2 || s.Agents[0].Name != "a" || s.Agents[0].Entries != 1 || s.Agents[1].Name != "b" || s.Agents[1].Entries != 0 || s.Agents[0].Error != "" {
+		t.Errorf("status: %+v", s)
+	}
+}

@@ -70,6 +70,7 @@ type host struct {
 	issuer attester.Issuer
 	keys   map[string]*tpm.Key      // action keys in the TPM, by agent
 	tokens map[string]crypto.Signer // action keys in a token, by agent
+	stats  map[string]func() signer.DeviceStatus
 	closer []io.Closer
 }
 
@@ -94,6 +95,13 @@ func (h *host) external(ctx context.Context, agent string) (map[string]crypto.Si
 			return nil, fmt.Errorf("agent %s: %w", agent, err)
 		}
 		h.tokens[agent], h.closer = k, append(h.closer, closer)
+		if t, ok := closer.(*hsm.Token); ok {
+			h.stats[agent] = func() signer.DeviceStatus {
+				s := t.Stats()
+				return signer.DeviceStatus{Kind: "pkcs11", WorkerPID: s.WorkerPID, Generation: s.Generation, Sessions: s.Sessions, Breaker: s.Breaker,
+					Signatures: s.Signatures, Failures: s.Failures, LastError: s.LastError, LatencySeconds: s.Latency.Seconds()}
+			}
+		}
 		return map[string]crypto.Signer{attest.PurposeAction: k}, nil
 	}
 	return nil, nil
@@ -143,7 +151,7 @@ func openHost(config *signer.Config) (*host, error) {
 	if err != nil {
 		return nil, err
 	}
-	return &host{config: config, dev: dev, issuer: attester.Issuer{URL: config.Issuer.URL, Roots: roots}, keys: make(map[string]*tpm.Key), tokens: make(map[string]crypto.Signer), closer: []io.Closer{dev}}, nil
+	return &host{config: config, dev: dev, issuer: attester.Issuer{URL: config.Issuer.URL, Roots: roots}, keys: make(map[string]*tpm.Key), tokens: make(map[string]crypto.Signer), stats: make(map[string]func() signer.DeviceStatus), closer: []io.Closer{dev}}, nil
 }
 
 // enrol runs one exchange for an agent and keeps its outcome.
@@ -227,7 +235,7 @@ func (h *host) credentials(ctx context.Context, agent string) (signer.Credential
 		return signer.Credentials{}, err
 	}
 	if k := external[attest.PurposeAction]; k != nil {
-		return signer.Credentials{Key: k, Chain: chain}, nil
+		return signer.Credentials{Key: k, Chain: chain, Device: h.stats[agent]}, nil
 	}
 	keys, err := state.Keys(attest.PurposeAction)
 	if err != nil {
@@ -242,7 +250,7 @@ func (h *host) credentials(ctx context.Context, agent string) (signer.Credential
 		return signer.Credentials{}, fmt.Errorf("agent %s: %w", agent, err)
 	}
 	h.keys[agent] = k
-	return signer.Credentials{Key: k, Chain: chain}, nil
+	return signer.Credentials{Key: k, Chain: chain, Device: func() signer.DeviceStatus { return signer.DeviceStatus{Kind: "tpm"} }}, nil
 }
 
 func signerEnrol(e *env, c *cli.Context) error {

@@ -1,0 +1,122 @@
+package main
+
+import (
+	"fmt"
+	"io"
+	"math"
+	"strings"
+	"time"
+	"unicode/utf8"
+
+	"github.com/urfave/cli/v2"
+
+	"inkan/scope"
+	"inkan/signer"
+)
+
+func statusCommand(e *env) *cli.Command {
+	return &cli.Command{
+		Name:  "status",
+		Usage: "show an operator what the agents of a signer have used of their limits, their devices and certificates",
+		Flags: []cli.Flag{socketFlag(), jsonFlag(),
+			&cli.BoolFlag{Name: "watch", Usage: "show it again and again, until interrupted"},
+			&cli.DurationFlag{Name: "every", Value: time.Second, Usage: "with --watch: `TIME` between two looks"}},
+		Action: func(c *cli.Context) error {
+			to, err := theSigner(c)
+			if err != nil {
+				return err
+			}
+			every := max(c.Duration("every"), 100*time.Millisecond)
+			ctx := interrupted(c)
+			for {
+				var s signer.Status
+				if err := to.Get(ctx, "/v1/status", &s); err != nil {
+					if ctx.Err() != nil {
+						return nil
+					}
+					return refusedOr(err)
+				}
+				if c.Bool("watch") && !c.Bool("json") {
+					e.printf("\x1b[H\x1b[2J") // the screen from its first line on
+				}
+				if err := e.show(c, s, func() { printStatus(e.stdout, &s) }); err != nil || !c.Bool("watch") {
+					return err
+				}
+				select {
+				case <-ctx.Done():
+					return nil
+				case <-time.After(every):
+				}
+			}
+		},
+	}
+}
+
+func printStatus(w io.Writer, s *signer.Status) {
+	for i, a := range s.Agents {
+		if i > 0 {
+			fmt.Fprintln(w)
+		}
+		fmt.Fprintf(w, "%s  %s\n", a.Name, a.ID)
+		if a.Error != "" {
+			fmt.Fprintf(w, "  SIGNS NOTHING: %s\n", a.Error)
+		}
+		if !a.NotAfter.IsZero() {
+			fmt.Fprintf(w, "  certificate  until %s (%s)\n", a.NotAfter.Format(time.RFC3339), remaining(a.NotAfter.Sub(s.Time)))
+		}
+		fmt.Fprintf(w, "  record       %d entries\n", a.Entries)
+		if d := a.Device; d != nil {
+			fmt.Fprintf(w, "  device       %s\n", describeDevice(d))
+		}
+		width := 0
+		for _, u := range a.Utilisation {
+			width = max(width, utf8.RuneCountInString(limitName(u)))
+		}
+		for _, u := range a.Utilisation {
+			fmt.Fprintf(w, "  %-*s  %s %3.0f %%  %s of %s\n", width, limitName(u), bar(u.Ratio()), math.Floor(100*u.Ratio()), u.Used, u.Of)
+		}
+	}
+}
+
+func remaining(d time.Duration) string {
+	if d <= 0 {
+		return "over"
+	}
+	return d.Truncate(time.Minute).String() + " left"
+}
+
+func limitName(u scope.Utilisation) string {
+	name := string(u.Limit)
+	if u.Key != "" {
+		name += " " + u.Key
+	}
+	return name + ", " + u.Window.String()
+}
+
+// barWidth is the width of a bar in characters.
+const barWidth = 24
+
+// bar shows a part of 1. Anything used shows, and only what is full looks full.
+func bar(ratio float64) string {
+	n := int(math.Ceil(min(max(ratio, 0), 1) * barWidth))
+	if ratio < 1 {
+		n = min(n, barWidth-1)
+	}
+	return "[" + strings.Repeat("#", n) + strings.Repeat(".", barWidth-n) + "]"
+}
+
+func describeDevice(d *signer.DeviceStatus) string {
+	if d.Kind != "pkcs11" {
+		return d.Kind
+	}
+	worker := "no worker"
+	if d.WorkerPID != 0 {
+		worker = fmt.Sprintf("worker %d", d.WorkerPID)
+	}
+	s := fmt.Sprintf("pkcs11, %s (generation %d), %d sessions, breaker %s, %.2f ms a signature, %d signatures, %d failures",
+		worker, d.Generation, d.Sessions, d.Breaker, 1000*d.LatencySeconds, d.Signatures, d.Failures)
+	if d.LastError != "" {
+		s += "; last: " + d.LastError
+	}
+	return s
+}

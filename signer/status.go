@@ -1,0 +1,121 @@
+package signer
+
+import (
+	"context"
+	"encoding/pem"
+	"strings"
+	"time"
+
+	"github.com/prometheus/client_golang/prometheus"
+
+	"inkan/scope"
+)
+
+// DeviceStatus is what operators see of the device that an agent's key is in.
+// The members after Kind are those of a token's worker process.
+type DeviceStatus struct {
+	Kind           string  `json:"kind"` // tpm or pkcs11
+	WorkerPID      int     `json:"worker_pid,omitzero"`
+	Generation     uint64  `json:"generation,omitzero"` // workers started so far
+	Sessions       int     `json:"sessions,omitzero"`
+	Breaker        string  `json:"breaker,omitzero"` // closed: calls are tried; open: they are refused at once
+	Signatures     uint64  `json:"signatures,omitzero"`
+	Failures       uint64  `json:"failures,omitzero"` // those included that a second try made good
+	LastError      string  `json:"last_error,omitzero"`
+	LatencySeconds float64 `json:"latency_seconds,omitzero"` // moving average of a signature
+}
+
+// Status is what operators see of a signer.
+type Status struct {
+	Time   time.Time     `json:"time"`
+	Agents []AgentStatus `json:"agents"`
+}
+
+// AgentStatus is what operators see of an agent.
+type AgentStatus struct {
+	AgentInfo
+	Device *DeviceStatus `json:"device,omitzero"`
+	Error  string        `json:"error,omitzero"` // why it signs nothing now
+}
+
+// info is what the agent itself may see.
+func (a *Agent) info(ctx context.Context) (*AgentInfo, error) {
+	c := a.current.Load()
+	if c == nil {
+		return nil, &scope.Refusal{Rule: RuleNoCertificate, Message: "the agent has no certificate yet"}
+	}
+	usage, err := a.log.Usage(ctx, c.scope)
+	if err != nil {
+		return nil, err
+	}
+	var text strings.Builder
+	for _, crt := range c.chain {
+		_ = pem.Encode(&text, &pem.Block{Type: "CERTIFICATE", Bytes: crt.Raw}) // a Builder takes everything
+	}
+	return &AgentInfo{Name: a.name, ID: c.action.Agent, Certificate: text.String(), NotAfter: c.chain[0].NotAfter.UTC(),
+		Scope: string(c.scope.Canonical()), Description: c.scope.Describe(), Entries: a.log.Head().Size, Utilisation: usage}, nil
+}
+
+// status of all agents, in the order of the configuration.
+func (s *Signer) status(ctx context.Context) *Status {
+	out := &Status{Time: time.Now().UTC(), Agents: []AgentStatus{}}
+	for _, ac := range s.config.Agents {
+		a := s.agents[ac.Name]
+		var x AgentStatus
+		info, err := a.info(ctx)
+		if err != nil {
+			x.AgentInfo, x.Error = AgentInfo{Name: a.name, Entries: a.log.Head().Size}, err.Error()
+		} else if x.AgentInfo = *info; time.Now().After(info.NotAfter) {
+			x.Error = "the certificate has expired: see the signer's log for why it was not renewed"
+		}
+		if a.device != nil {
+			d := a.device()
+			x.Device = &d
+		}
+		out.Agents = append(out.Agents, x)
+	}
+	return out
+}
+
+// statusCollector gives Prometheus what the status has.
+type statusCollector struct{ signer *Signer }
+
+var (
+	agentLabel = []string{"agent"}
+
+	limitRatio       = prometheus.NewDesc("inkan_signer_limit_used_ratio", "what is used of a limit over time, from 0 to 1", []string{"agent", "limit", "key", "window"}, nil)
+	workerGeneration = prometheus.NewDesc("inkan_signer_token_generation", "worker processes started for the agent's token", agentLabel, nil)
+	workerUp         = prometheus.NewDesc("inkan_signer_token_worker_up", "1 if the worker process of the agent's token runs", agentLabel, nil)
+	breakerOpen      = prometheus.NewDesc("inkan_signer_token_breaker_open", "1 if calls of the agent's token are refused at once", agentLabel, nil)
+	tokenFailures    = prometheus.NewDesc("inkan_signer_token_failures_total", "calls of the agent's token that failed, those included that a second try made good", agentLabel, nil)
+	tokenLatency     = prometheus.NewDesc("inkan_signer_token_latency_seconds", "moving average of a signature of the agent's token", agentLabel, nil)
+)
+
+func (c *statusCollector) Describe(ch chan<- *prometheus.Desc) {
+	for _, d := range []*prometheus.Desc{limitRatio, workerGeneration, workerUp, breakerOpen, tokenFailures, tokenLatency} {
+		ch <- d
+	}
+}
+
+func (c *statusCollector) Collect(ch chan<- prometheus.Metric) {
+	ctx, cancel := context.WithTimeout(context.Background(), 5*time.Second)
+	defer cancel()
+	bit := func(b bool) float64 {
+		if b {
+			return 1
+		}
+		return 0
+	}
+	for _, a := range c.signer.status(ctx).Agents {
+		for _, u := range a.Utilisation {
+			ch <- prometheus.MustNewConstMetric(limitRatio, prometheus.GaugeValue, u.Ratio(), a.Name, string(u.Limit), u.Key, u.Window.String())
+		}
+		if d := a.Device; d != nil && d.Kind == "pkcs11" {
+			ch <- prometheus.MustNewConstMetric(workerGeneration, prometheus.GaugeValue, float64(d.Generation), a.Name)
+			ch <- prometheus.MustNewConstMetric(workerUp, prometheus.GaugeValue, bit(d.WorkerPID != 0), a.Name)
+			ch <- prometheus.MustNewConstMetric(breakerOpen, prometheus.GaugeValue, bit(d.Breaker == "open"), a.Name)
+			ch <- prometheus.MustNewConstMetric(tokenFailures, prometheus.CounterValue, float64(d.Failures), a.Name)
+			ch <- prometheus.MustNewConstMetric(tokenLatency, prometheus.GaugeValue, d.LatencySeconds, a.Name)
+		}
+	}
+}
