@@ -24,6 +24,7 @@ const (
 	opList     = "list"
 	opGenerate = "generate"
 	opSign     = "sign"
+	opInfo     = "info"
 )
 
 type request struct {
@@ -56,6 +57,7 @@ type response struct {
 	Sessions  int          `json:"sessions,omitempty"` // open: how many there are
 	Keys      []Attributes `json:"keys,omitempty"`
 	Signature []byte       `json:"signature,omitempty"`
+	Info      *Info        `json:"info,omitempty"`
 }
 
 func writeFrame(w io.Writer, v any) error {

@@ -177,6 +177,8 @@ func (w *worker) serve(s pkcs11.SessionHandle, q *request) response {
 		r.Keys, err = w.list(s)
 	case opGenerate:
 		r.Keys, err = w.generate(s, q)
+	case opInfo:
+		r.Info, err = w.info()
 	case opSign:
 		r.Signature, err = w.sign(s, q)
 	default:

@@ -222,6 +222,61 @@ func (w *worker) generate(s pkcs11.SessionHandle, q *request) ([]Attributes, err
 	return w.find(s, q.Key)
 }
 
+// info reads what the module and the token say of themselves.
+func (w *worker) info() (*Info, error) {
+	lib, err := w.p11.GetInfo()
+	if err != nil {
+		return nil, err
+	}
+	token, err := w.p11.GetTokenInfo(w.slot)
+	if err != nil {
+		return nil, err
+	}
+	slot, err := w.p11.GetSlotInfo(w.slot)
+	if err != nil {
+		return nil, err
+	}
+	list, err := w.p11.GetMechanismList(w.slot)
+	if err != nil {
+		return nil, err
+	}
+	clip := func(s string) string { // a vendor's text is not trusted to be text
+		s = fmt.Sprintf("%+q", s[:min(len(s), 64)])
+		return s[1 : len(s)-1]
+	}
+	version := func(v pkcs11.Version) string { return fmt.Sprintf("%d.%d", v.Major, v.Minor) }
+	has := func(f uint) bool { return token.Flags&f != 0 }
+	out := &Info{
+		Library: clip(lib.LibraryDescription) + " " + version(lib.LibraryVersion), Cryptoki: version(lib.CryptokiVersion),
+		Label: clip(token.Label), Manufacturer: clip(token.ManufacturerID), Model: clip(token.Model), Serial: clip(token.SerialNumber), Firmware: version(token.FirmwareVersion),
+		PINCountLow: has(pkcs11.CKF_USER_PIN_COUNT_LOW), PINFinalTry: has(pkcs11.CKF_USER_PIN_FINAL_TRY), PINLocked: has(pkcs11.CKF_USER_PIN_LOCKED),
+		HardwareSlot: slot.Flags&pkcs11.CKF_HW_SLOT != 0, Signs: []string{}, Generates: []string{}, MechanismsTotal: len(list),
+	}
+	if n := token.MaxRwSessionCount; n != pkcs11.CK_EFFECTIVELY_INFINITE && n != pkcs11.CK_UNAVAILABLE_INFORMATION {
+		out.SessionsMax = n
+	}
+	if has(pkcs11.CKF_CLOCK_ON_TOKEN) && len(token.UTCTime) >= 14 {
+		out.ClockUTC = clip(token.UTCTime[:14])
+	}
+	mechanisms := make(map[uint]bool)
+	for _, m := range list {
+		mechanisms[m.Mechanism] = true
+	}
+	for _, m := range []struct {
+		id   uint
+		name string
+		to   *[]string
+	}{
+		{pkcs11.CKM_ECDSA, "CKM_ECDSA", &out.Signs}, {pkcs11.CKM_RSA_PKCS, "CKM_RSA_PKCS", &out.Signs}, {pkcs11.CKM_RSA_PKCS_PSS, "CKM_RSA_PKCS_PSS", &out.Signs}, {ckmEdDSA, "CKM_EDDSA", &out.Signs},
+		{pkcs11.CKM_EC_KEY_PAIR_GEN, "EC", &out.Generates}, {pkcs11.CKM_RSA_PKCS_KEY_PAIR_GEN, "RSA", &out.Generates}, {ckmEdwardsKeyPair, "Ed25519", &out.Generates},
+	} {
+		if mechanisms[m.id] {
+			*m.to = append(*m.to, m.name)
+		}
+	}
+	return out, nil
+}
+
 // number reads a CK_ULONG, which has the host's byte order and size.
 func number(b []byte) uint {
 	var n uint

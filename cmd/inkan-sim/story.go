@@ -2,6 +2,7 @@ package main
 
 import (
 	"context"
+	"encoding/json"
 	"errors"
 	"io"
 	"strings"
@@ -86,6 +87,18 @@ func (w *world) trade(ctx context.Context) error {
 	if !strings.Contains(first, "verifies: 2 entries") {
 		return errors.New("the record does not have the two orders")
 	}
+	out, err = w.run(ctx, "doctor", "--config", w.path("signer.yaml"), "--json")
+	if err != nil {
+		return err
+	}
+	var report struct {
+		Findings []struct{ State string }
+		Refused  int
+	}
+	if err := json.Unmarshal([]byte(out), &report); err != nil {
+		return err
+	}
+	w.say("   %d findings, nothing would be refused", len(report.Findings))
 	return nil
 }
 

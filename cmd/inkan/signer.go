@@ -128,11 +128,8 @@ func (h *host) unseal(ctx context.Context, agent string, file []byte) ([]byte, e
 	return h.dev.Unseal(file, policies)
 }
 
-func openHost(config *signer.Config) (*host, error) {
-	roots, err := readPool(config.Issuer.CA)
-	if err != nil {
-		return nil, fmt.Errorf("issuer.ca: %w", err)
-	}
+// hierarchyAuth reads the authorizations of the TPM's hierarchies.
+func hierarchyAuth(config *signer.Config) (tpm.Options, error) {
 	var o tpm.Options
 	for _, f := range []struct {
 		path string
@@ -143,9 +140,21 @@ func openHost(config *signer.Config) (*host, error) {
 		}
 		b, err := os.ReadFile(f.path)
 		if err != nil {
-			return nil, err
+			return o, err
 		}
 		*f.to = []byte(strings.TrimRight(string(b), "\n"))
+	}
+	return o, nil
+}
+
+func openHost(config *signer.Config) (*host, error) {
+	roots, err := readPool(config.Issuer.CA)
+	if err != nil {
+		return nil, fmt.Errorf("issuer.ca: %w", err)
+	}
+	o, err := hierarchyAuth(config)
+	if err != nil {
+		return nil, err
 	}
 	dev, err := tpm.OpenWith(config.TPM, o)
 	if err != nil {
