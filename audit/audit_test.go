@@ -123,7 +123,7 @@ func (d *desk) sign(t testing.TB, r *audit.Receipt) {
 
 func (d *desk) verify(t testing.TB) (*audit.Report, error) {
 	t.Helper()
-	return audit.VerifyFile(context.Background(), d.path, d.ca.Roots, nil)
+	return audit.VerifyFile(context.Background(), d.path, audit.VerifyOptions{Roots: d.ca.Roots})
 }
 
 func TestRecordAndVerify(t *testing.T) {
@@ -227,7 +227,7 @@ func TestTimeDoesNotGoBack(t *testing.T) {
 func TestTampering(t *testing.T) {
 	for name, change := range map[string]struct{ sql, want string }{
 		"a changed quantity":            {`UPDATE leaf SET statement = CAST(replace(CAST(statement AS TEXT), '"100"', '"101"') AS BLOB) WHERE counter = 3`, "entry 3: "},
-		"a removed entry":               {`DELETE FROM leaf WHERE counter = 3`, "entries are missing"},
+		"a removed entry":               {`DELETE FROM leaf WHERE counter = 3`, "it is missing"},
 		"a removed tail":                {`DELETE FROM leaf WHERE counter = 5`, "the head says 5 entries, 4 are there"},
 		"a tail removed with the head":  {`DELETE FROM leaf WHERE counter = 5; UPDATE head SET size = 4`, "head"},
 		"entries in another order":      {`UPDATE leaf SET counter = 99 WHERE counter = 2; UPDATE leaf SET counter = 2 WHERE counter = 3; UPDATE leaf SET counter = 3 WHERE counter = 99`, "entry 2"},
@@ -268,7 +268,7 @@ func TestTampering(t *testing.T) {
 func TestAnotherCA(t *testing.T) {
 	d := newDesk(t)
 	d.sign(t, d.record(t, 1))
-	if _, err := audit.VerifyFile(t.Context(), d.path, testca.New(t).Roots, nil); err == nil || !strings.Contains(err.Error(), "does not chain to the CA") {
+	if _, err := audit.VerifyFile(t.Context(), d.path, audit.VerifyOptions{Roots: testca.New(t).Roots}); err == nil || !strings.Contains(err.Error(), "does not chain to the CA") {
 		t.Errorf("got %v", err)
 	}
 }

@@ -75,6 +75,11 @@ CREATE TABLE start(
 	sha256   BLOB PRIMARY KEY,
 	document BLOB NOT NULL          -- how a process was started, which statements name by digest
 ) STRICT;
+CREATE TABLE checkpoint(
+	size INTEGER PRIMARY KEY,       -- of several with one size the latest is kept
+	time INTEGER NOT NULL,          -- in microseconds since 1970
+	note TEXT NOT NULL              -- signed
+) STRICT;
 `
 
 // Identity is what stands in a statement beside the action: who signs, under
@@ -95,9 +100,9 @@ type Identity struct {
 // Head is the state of a log.
 type Head struct {
 	Size     uint64
-	Root     [32]byte // of the Merkle tree
-	Previous [32]byte // SHA-256 of the last statement
-	Time     time.Time
+	Root     [32]byte  // of the Merkle tree
+	Previous [32]byte  // SHA-256 of the last statement
+	Time     time.Time // of the last statement or checkpoint, whichever is later
 }
 
 // Options of a log. The zero value is for production.
@@ -129,7 +134,7 @@ type Log struct {
 }
 
 type statements struct {
-	begin, commit, leaf, signature, hash, head, find, certificate, start, readHash *sql.Stmt
+	begin, commit, leaf, signature, hash, head, find, certificate, start, checkpoint, readHash *sql.Stmt
 }
 
 // Open opens or makes the log at path. One process has it open at a time
@@ -199,6 +204,7 @@ func (l *Log) prepare(ctx context.Context) error {
 		{&l.stmt.find, "SELECT l.counter, l.payload, l.statement, coalesce(s.jws, '') FROM leaf l LEFT JOIN signature s USING(counter) WHERE l.id = ?"},
 		{&l.stmt.certificate, "INSERT OR IGNORE INTO certificate(sha256, chain) VALUES(?, ?)"},
 		{&l.stmt.start, "INSERT OR IGNORE INTO start(sha256, document) VALUES(?, ?)"},
+		{&l.stmt.checkpoint, "INSERT INTO checkpoint(size, time, note) VALUES(?, ?, ?) ON CONFLICT(size) DO UPDATE SET time = excluded.time, note = excluded.note WHERE excluded.time >= time"},
 		{&l.stmt.readHash, "SELECT hash FROM hash WHERE idx = ?"},
 	} {
 		stmt, err := l.conn.PrepareContext(ctx, s.sql)
@@ -240,6 +246,17 @@ func (l *Log) recover(ctx context.Context) error {
 	if head.Size > 0 && root != tlog.Hash(head.Root) {
 		return fmt.Errorf("%w: the tree's hashes do not lead to the head's root", ErrDamaged)
 	}
+	// What was sealed stays true: nothing is earlier than the latest checkpoint.
+	var sealed, micros int64
+	if err := l.conn.QueryRowContext(ctx, "SELECT coalesce(max(size), 0), coalesce(max(time), 0) FROM checkpoint").Scan(&sealed, &micros); err != nil {
+		return err
+	}
+	if uint64(sealed) > head.Size {
+		return fmt.Errorf("%w: a checkpoint was signed over %d entries, %d are there", ErrDamaged, sealed, head.Size)
+	}
+	if at := time.UnixMicro(micros).UTC(); at.After(head.Time) && micros > 0 {
+		l.head.Time = at
+	}
 	return l.remember(ctx)
 }
 
@@ -276,9 +293,7 @@ func (l *Log) remember(ctx context.Context) error {
 	return rows.Err()
 }
 
-func readHead(ctx context.Context, q interface {
-	QueryRowContext(context.Context, string, ...any) *sql.Row
-}) (Head, error) {
+func readHead(ctx context.Context, q queryer) (Head, error) {
 	var h Head
 	var root, previous []byte
 	var micros int64

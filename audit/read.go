@@ -6,6 +6,7 @@ import (
 	"errors"
 	"fmt"
 	"iter"
+	"math"
 	"os"
 )
 
@@ -81,8 +82,13 @@ func (s *Snapshot) Close() {
 
 // Entries yields all entries in order, then the first error if there was one.
 func (s *Snapshot) Entries(ctx context.Context) iter.Seq2[Entry, error] {
+	return s.entries(ctx, 0, math.MaxInt64)
+}
+
+// entries yields those with numbers of a range.
+func (s *Snapshot) entries(ctx context.Context, from, to uint64) iter.Seq2[Entry, error] {
 	return func(yield func(Entry, error) bool) {
-		rows, err := s.tx.QueryContext(ctx, "SELECT l.counter, l.statement, coalesce(s.jws, '') FROM leaf l LEFT JOIN signature s USING(counter) ORDER BY l.counter")
+		rows, err := s.tx.QueryContext(ctx, "SELECT l.counter, l.statement, coalesce(s.jws, '') FROM leaf l LEFT JOIN signature s USING(counter) WHERE l.counter >= ? AND l.counter <= ? ORDER BY l.counter", int64(from), int64(to))
 		if err != nil {
 			yield(Entry{}, err)
 			return
@@ -129,6 +135,37 @@ func (s *Snapshot) blobs(ctx context.Context, query string) (map[[32]byte][]byte
 		if len(sum) == 32 {
 			out[[32]byte(sum)] = content
 		}
+	}
+	return out, rows.Err()
+}
+
+type queryer interface {
+	QueryRowContext(context.Context, string, ...any) *sql.Row
+}
+
+func latestCheckpoint(ctx context.Context, q queryer) (note string, err error) {
+	err = q.QueryRowContext(ctx, "SELECT note FROM checkpoint ORDER BY size DESC LIMIT 1").Scan(&note)
+	if errors.Is(err, sql.ErrNoRows) {
+		return "", nil
+	}
+	return note, err
+}
+
+// checkpoints returns the kept signed checkpoints by size.
+func (s *Snapshot) checkpoints(ctx context.Context) (map[uint64]string, error) {
+	rows, err := s.tx.QueryContext(ctx, "SELECT size, note FROM checkpoint")
+	if err != nil {
+		return nil, err
+	}
+	defer rows.Close()
+	out := make(map[uint64]string)
+	for rows.Next() {
+		var size uint64
+		var note string
+		if err := rows.Scan(&size, &note); err != nil {
+			return nil, err
+		}
+		out[size] = note
 	}
 	return out, rows.Err()
 }

@@ -7,6 +7,7 @@ import (
 	"crypto/x509"
 	"errors"
 	"fmt"
+	"iter"
 	"runtime"
 	"slices"
 	"sync"
@@ -19,190 +20,460 @@ import (
 	"inkan/scope"
 )
 
-// Report says what VerifyFile proved about a log.
+// Report says what verification proved about a record, or a part of one.
 type Report struct {
-	Agent        string    `json:"agent"`
-	Entries      uint64    `json:"entries"`
-	Permits      uint64    `json:"permits"`
-	Denials      uint64    `json:"denials"`
-	Signed       uint64    `json:"signed"`       // permits whose signature stands in the log and verifies
-	Unsigned     []uint64  `json:"unsigned"`     // counters of permits without one, the first hundred
-	Certificates int       `json:"certificates"` // under which entries stand
-	First        time.Time `json:"first,omitzero"`
-	Last         time.Time `json:"last,omitzero"`
-	Root         string    `json:"root"` // of the Merkle tree, hex
-	Proves       []string  `json:"proves"`
-	DoesNotProve []string  `json:"does_not_prove"`
+	Agent        string      `json:"agent"`
+	Entries      uint64      `json:"entries"` // that were verified
+	Permits      uint64      `json:"permits"`
+	Denials      uint64      `json:"denials"`
+	Signed       uint64      `json:"signed"`       // permits whose signature is there and verifies
+	Unsigned     []uint64    `json:"unsigned"`     // counters of permits without one, the first hundred
+	Certificates int         `json:"certificates"` // under which entries stand
+	First        time.Time   `json:"first,omitzero"`
+	Last         time.Time   `json:"last,omitzero"`
+	Root         string      `json:"root"`            // of the Merkle tree, hex; of an export: its head's
+	Head         *Checkpoint `json:"head,omitempty"`  // the latest that the device signed
+	After        uint64      `json:"after,omitempty"` // entries that follow that head
+	Filter       *Filter     `json:"filter,omitempty"`
+	Claims       []Claim     `json:"claims"`
 }
 
-// Unproven says which entry of a log does not verify, and why.
+// Claim is a sentence about a record that verification proved, or did not.
+type Claim struct {
+	Name   string `json:"claim"` // stable; docs/record.md lists them
+	Proven bool   `json:"proven"`
+	Text   string `json:"text"`
+}
+
+// Rule is the stable name of why something does not verify. docs/record.md
+// has a sentence for each.
+type Rule string
+
+// The rules.
+const (
+	RuleForm          Rule = "form"           // a line, an entry or the file is malformed
+	RuleCertificate   Rule = "certificate"    // it is missing, malformed, or not the CA's
+	RuleAgent         Rule = "agent"          // an entry, a certificate or a head of another agent
+	RuleStatement     Rule = "statement"      // the statement is malformed
+	RuleMissing       Rule = "missing"        // a number is missing
+	RuleOrder         Rule = "order"          // numbers, predecessors or times are out of order
+	RuleStart         Rule = "start"          // a start document is missing, or says something else
+	RuleTime          Rule = "time"           // a permit outside the life of its certificate
+	RuleScope         Rule = "scope"          // a permit that its scope does not allow
+	RuleUtilisation   Rule = "utilisation"    // it states something else than the entries lead to
+	RuleSignature     Rule = "signature"      // not by the certified key over exactly the entry
+	RuleHead          Rule = "head"           // the head does not belong to the entries
+	RuleHeadKey       Rule = "head_key"       // the head is not by a key that the CA certified for the agent
+	RuleHeadSignature Rule = "head_signature" // the head's signature does not verify
+	RuleProof         Rule = "proof"          // an entry is not in the tree under the head, at its place
+	RuleFields        Rule = "fields"         // an export's fields say something else than the statement
+	RuleFilter        Rule = "filter"         // an export's entry is not what its filter selects
+	RuleTruncated     Rule = "truncated"      // entries or lines are missing at the end
+)
+
+// Unproven says which entry does not verify, and why.
 type Unproven struct {
-	Counter uint64 // 0: the log as a whole
+	Rule    Rule
+	Counter uint64 // 0: the record as a whole
 	Reason  string
 }
 
 func (u *Unproven) Error() string {
 	if u.Counter == 0 {
-		return "the record does not verify: " + u.Reason
+		return fmt.Sprintf("the record does not verify: %s (%s)", u.Reason, u.Rule)
 	}
-	return fmt.Sprintf("the record does not verify at entry %d: %s", u.Counter, u.Reason)
+	return fmt.Sprintf("the record does not verify at entry %d: %s (%s)", u.Counter, u.Reason, u.Rule)
+}
+
+func unproven(rule Rule, counter uint64, format string, a ...any) error {
+	return &Unproven{rule, counter, fmt.Sprintf(format, a...)}
+}
+
+// VerifyOptions are what verification needs beside the record.
+type VerifyOptions struct {
+	Roots    *x509.CertPool             // the CA's
+	Progress func(done, total uint64)   // may be nil; told how far it is
+	Observe  func(*Verified)            // may be nil; gets each entry that verified, in order, from one goroutine
+	Head     func(*Checkpoint, *Filter) // may be nil; gets the head before the entries of an export
+}
+
+// Verified is an entry that was verified.
+type Verified struct {
+	Entry       Entry
+	Statement   *scope.Statement
+	Certificate *certext.ActionCertificate
+	Scope       *scope.Scope
+	Context     bool // it shows what stands beside a period, and is not in it
 }
 
 // VerifyFile checks a log file against the CA's roots. It reads a snapshot, so
-// a signer may be writing. progress, if not nil, is told how far it is. Its
-// error is an [*Unproven] when the record is wrong, and another one when it could not be read.
-func VerifyFile(ctx context.Context, path string, roots *x509.CertPool, progress func(done, total uint64)) (*Report, error) {
+// a signer may be writing. Its error is an [*Unproven] when the record is
+// wrong, and another one when it could not be read.
+func VerifyFile(ctx context.Context, path string, o VerifyOptions) (*Report, error) {
 	s, err := OpenSnapshot(ctx, path)
 	if err != nil {
 		return nil, err
 	}
 	defer s.Close()
-	v := &verification{roots: roots, report: &Report{Unsigned: []uint64{}}, certificates: make(map[scope.Digest]*certificate), started: make(map[scope.Run]string), book: scope.NewBook()}
+	v := newVerification(o)
 	if v.stored, err = s.chains(ctx); err != nil {
 		return nil, err
 	}
 	if v.starts, err = s.starts(ctx); err != nil {
 		return nil, err
 	}
-	if err := v.run(ctx, s, progress); err != nil {
+	if v.heads, err = s.checkpoints(ctx); err != nil {
+		return nil, err
+	}
+	if err := v.sealed(0); err != nil {
+		return nil, err
+	}
+	source := func(yield func(*job, error) bool) {
+		for e, err := range s.Entries(ctx) {
+			if !yield(&job{entry: e}, err) {
+				return
+			}
+		}
+	}
+	if err := v.run(ctx, source, s.Head.Size, v.next); err != nil {
 		return nil, err
 	}
 	return v.finish(s.Head)
 }
 
-// verification walks over a log once. Order, chain and tree are checked entry
-// by entry; signatures and scopes on all cores beside it.
+// verification walks over a record once. What one entry shows alone is checked
+// on all cores; order, chain, tree and sums entry by entry, in order.
 type verification struct {
-	roots        *x509.CertPool
-	stored       map[[32]byte][]byte
-	starts       map[[32]byte][]byte           // start documents
-	started      map[scope.Run]string          // those that were checked, and the agent of each
-	certificates map[scope.Digest]*certificate // verified for form
+	o      VerifyOptions
+	stored map[[32]byte][]byte // chains, by the SHA-256 of their leaf
+	starts map[[32]byte][]byte // start documents, by their SHA-256
+	heads  map[uint64]string   // signed checkpoints by size
+
+	mu           sync.Mutex // guards what follows, and of an export stored and starts
+	certificates map[scope.Digest]*certificate
+	started      map[scope.Run]string // starts that were checked, and the agent of each
 
 	report   *Report
+	used     map[scope.Digest]bool
 	previous [32]byte
 	last     time.Time
 	tree     []tlog.Hash // complete subtrees, the largest first
 	book     *scope.Book // what is used of limits over time
 }
 
+func newVerification(o VerifyOptions) *verification {
+	return &verification{o: o, report: &Report{Unsigned: []uint64{}}, certificates: make(map[scope.Digest]*certificate), started: make(map[scope.Run]string), used: make(map[scope.Digest]bool), book: scope.NewBook()}
+}
+
+// certificate is one that chains to the CA.
 type certificate struct {
 	action *certext.ActionCertificate
 	scope  *scope.Scope
-	pool   *x509.CertPool
 	alg    string
 }
 
-type task struct {
-	entry     Entry
+// job is an entry on its way through verification.
+type job struct {
+	entry   Entry
+	line    *exportLine // of an export, else nil
+	raw     []byte      // of an export: the line's bytes, not parsed yet
+	section *section
+
 	statement *scope.Statement
 	cert      *certificate
+	err       error
+	done      chan struct{}
 }
 
-func (v *verification) run(ctx context.Context, s *Snapshot, progress func(done, total uint64)) error {
-	ctx, cancel := context.WithCancelCause(ctx)
-	defer cancel(nil)
-	tasks := make(chan task, 256)
+// run prepares jobs on all cores and hands them to next in their order.
+func (v *verification) run(ctx context.Context, source iter.Seq2[*job, error], total uint64, next func(*job) error) error {
+	ctx, cancel := context.WithCancel(ctx)
 	var wg sync.WaitGroup
+	defer wg.Wait()
+	defer cancel()
+	work, order := make(chan *job, 128), make(chan *job, 256)
+	var failed error // the source's; read after order was closed
+	wg.Go(func() {
+		defer close(order)
+		defer close(work)
+		for j, err := range source {
+			if err != nil {
+				failed = err
+				return
+			}
+			j.done = make(chan struct{})
+			select {
+			case work <- j:
+			case <-ctx.Done():
+				return
+			}
+			select {
+			case order <- j:
+			case <-ctx.Done():
+				return
+			}
+		}
+	})
 	for range runtime.GOMAXPROCS(0) {
 		wg.Go(func() {
-			for t := range tasks {
-				if err := v.signed(t); err != nil {
-					cancel(err)
-				}
+			for j := range work {
+				j.err = v.prepare(j)
+				close(j.done)
 			}
 		})
 	}
-	err := v.walk(ctx, s, tasks, progress)
-	close(tasks)
-	wg.Wait()
-	if cause := context.Cause(ctx); cause != nil {
-		return cause // the first fault found beside the walk
+	done := uint64(0)
+	for j := range order {
+		<-j.done
+		if err := next(j); err != nil {
+			return v.which(err, order)
+		}
+		if done++; v.o.Progress != nil && (done%1024 == 0 || done == total) {
+			v.o.Progress(done, total)
+		}
 	}
-	return err
+	if failed == nil {
+		failed = ctx.Err()
+	}
+	return failed
 }
 
-func (v *verification) walk(ctx context.Context, s *Snapshot, tasks chan<- task, progress func(done, total uint64)) error {
-	for e, err := range s.Entries(ctx) {
-		if err != nil {
+// which tells an entry that is missing from one that stands in a wrong place.
+func (v *verification) which(err error, rest <-chan *job) error {
+	u, ok := errors.AsType[*Unproven](err)
+	if !ok || u.Rule != RuleMissing || u.Counter != 0 {
+		return err
+	}
+	want := v.report.Entries + 1
+	for j := range rest {
+		if <-j.done; j.entry.Counter == want {
+			return unproven(RuleOrder, want, "it stands after later ones")
+		}
+	}
+	return unproven(RuleMissing, want, "it is missing, later ones are there")
+}
+
+// prepare checks what an entry shows alone.
+func (v *verification) prepare(j *job) error {
+	if j.raw != nil {
+		if err := j.parse(); err != nil {
 			return err
 		}
-		t, err := v.entry(e)
-		if err != nil {
-			return &Unproven{e.Counter, err.Error()}
-		}
-		select {
-		case tasks <- t:
-		case <-ctx.Done():
-			return ctx.Err()
-		}
-		if progress != nil && (e.Counter%1024 == 0 || e.Counter == s.Head.Size) {
-			progress(e.Counter, s.Head.Size)
-		}
+	}
+	e := &j.entry
+	st, err := scope.ParseStatement(e.Statement)
+	if err != nil {
+		return unproven(RuleStatement, e.Counter, "%v", err)
+	}
+	j.statement = st
+	if j.line != nil {
+		e.Counter = uint64(st.Counter)
+	} else if uint64(st.Counter) != e.Counter {
+		return unproven(RuleOrder, e.Counter, "the statement says it is number %d", st.Counter)
+	}
+	if j.cert, err = v.certificate(st.Decision.Certificate); err != nil {
+		return unproven(RuleCertificate, e.Counter, "%v", err)
+	}
+	if err := v.start(st); err != nil {
+		return unproven(RuleStart, e.Counter, "%v", err)
+	}
+	if err := v.signed(j); err != nil {
+		return err
+	}
+	if j.line != nil {
+		return j.proven()
 	}
 	return nil
 }
 
-func (v *verification) entry(e Entry) (task, error) {
-	r := v.report
-	st, err := scope.ParseStatement(e.Statement)
+// next checks an entry of a whole record in its place.
+func (v *verification) next(j *job) error {
+	r, n := v.report, j.entry.Counter
+	want := r.Entries + 1
+	switch {
+	case n > want && j.statement != nil:
+		return &Unproven{Rule: RuleMissing} // which says more
+	case j.err != nil:
+		return j.err
+	case n != want:
+		return unproven(RuleOrder, n, "entry %d is expected here", want)
+	}
+	if err := v.follows(j); err != nil {
+		return err
+	}
+	v.grow(j.entry.Statement)
+	st := j.statement
+	if st.Decision.Decision != scope.DecisionDeny {
+		use := scope.UseOfStatement(st)
+		if refusal := v.book.Check(j.cert.scope, use); refusal != nil {
+			return unproven(RuleScope, n, "it is out of scope: %v", refusal)
+		}
+		if got := v.book.Utilisation(j.cert.scope, use); !slices.Equal(got, st.Decision.Utilisation) {
+			return unproven(RuleUtilisation, n, "it states another utilisation of its limits than the entries before it lead to")
+		}
+		v.book.Add(use)
+	}
+	v.count(j)
+	return v.sealed(n)
+}
+
+// follows checks that an entry follows the one before it.
+func (v *verification) follows(j *job) error {
+	r, st, n := v.report, j.statement, j.entry.Counter
+	switch {
+	case st.Previous != scope.Digest(v.previous):
+		return unproven(RuleOrder, n, "the statement names another predecessor")
+	case st.Time.Time.Before(v.last):
+		return unproven(RuleOrder, n, "the statement is earlier than its predecessor, or than a head before it")
+	case r.Agent != "" && st.Agent != r.Agent:
+		return unproven(RuleAgent, n, "the statement is of another agent, %s", st.Agent)
+	}
+	return nil
+}
+
+// count counts an entry that verified.
+func (v *verification) count(j *job) {
+	r, st := v.report, j.statement
+	v.previous, v.last = sha256.Sum256(j.entry.Statement), st.Time.Time
+	r.Agent = st.Agent
+	beside := j.line != nil && j.line.Context
+	if !beside {
+		r.Entries++
+		if r.First.IsZero() {
+			r.First = st.Time.Time
+		}
+		r.Last = st.Time.Time
+		v.used[st.Decision.Certificate] = true
+		switch {
+		case st.Decision.Decision == scope.DecisionDeny:
+			r.Denials++
+		case j.entry.JWS == "":
+			r.Permits++
+			if len(r.Unsigned) < 100 {
+				r.Unsigned = append(r.Unsigned, j.entry.Counter)
+			}
+		default:
+			r.Permits++
+			r.Signed++
+		}
+	}
+	if v.o.Observe != nil {
+		v.o.Observe(&Verified{j.entry, st, j.cert.action, j.cert.scope, beside})
+	}
+}
+
+// grow adds a leaf to the tree: subtrees of equal size join (RFC 9162, section 2.1).
+func (v *verification) grow(leaf []byte) {
+	h := tlog.RecordHash(leaf)
+	for n := v.report.Entries; n&1 == 1; n >>= 1 {
+		h = tlog.NodeHash(v.tree[len(v.tree)-1], h)
+		v.tree = v.tree[:len(v.tree)-1]
+	}
+	v.tree = append(v.tree, h)
+}
+
+func (v *verification) root() tlog.Hash {
+	if len(v.tree) == 0 {
+		return tlog.Hash(sha256.Sum256(nil))
+	}
+	h := v.tree[len(v.tree)-1]
+	for i := len(v.tree) - 2; i >= 0; i-- {
+		h = tlog.NodeHash(v.tree[i], h)
+	}
+	return h
+}
+
+// sealed holds the record so far against the checkpoint over n entries, if
+// there is one.
+func (v *verification) sealed(n uint64) error {
+	note, ok := v.heads[n]
+	if !ok {
+		return nil
+	}
+	c, err := v.head(note)
 	switch {
 	case err != nil:
-		return task{}, err
-	case e.Counter != r.Entries+1:
-		return task{}, fmt.Errorf("entry %d is expected here: entries are missing", r.Entries+1)
-	case uint64(st.Counter) != e.Counter:
-		return task{}, fmt.Errorf("the statement says it is number %d", st.Counter)
-	case st.Previous != scope.Digest(v.previous):
-		return task{}, errors.New("the statement names another predecessor")
-	case st.Time.Time.Before(v.last):
-		return task{}, errors.New("the statement is earlier than its predecessor")
-	case r.Agent != "" && st.Agent != r.Agent:
-		return task{}, fmt.Errorf("the statement is of another agent, %s", st.Agent)
+		return err
+	case c.Size != n || tlog.Hash(c.Root) != v.root():
+		return unproven(RuleHead, n, "the head that was signed over %d entries is not that of these entries", n)
+	case c.Time.Before(v.last):
+		return unproven(RuleHead, n, "the head is earlier than its last entry")
+	case v.report.Agent != "" && c.Agent != v.report.Agent:
+		return unproven(RuleAgent, n, "the head is of another agent, %s", c.Agent)
 	}
-	r.Entries, r.Agent = e.Counter, st.Agent
-	if r.First.IsZero() {
-		r.First = st.Time.Time
-	}
-	v.previous, v.last = sha256.Sum256(e.Statement), st.Time.Time
-	v.grow(e.Statement)
-	cert, err := v.certificate(st.Decision.Certificate)
+	v.report.Agent, v.report.Head, v.last = c.Agent, c, c.Time
+	return nil
+}
+
+// head verifies a signed checkpoint, but for what it is over.
+func (v *verification) head(note string) (*Checkpoint, error) {
+	c, err := OpenCheckpoint(note)
 	if err != nil {
-		return task{}, err
+		return nil, unproven(RuleHead, 0, "the head: %v", err)
 	}
-	if err := v.start(st); err != nil {
-		return task{}, err
+	cert, err := v.certificate(c.Certificate)
+	if err != nil {
+		return nil, unproven(RuleHeadKey, 0, "the head over %d entries: %v", c.Size, err)
 	}
-	if st.Decision.Decision == scope.DecisionDeny {
-		r.Denials++
-		if e.JWS != "" {
-			return task{}, errors.New("a refusal has a signature")
-		}
-		return task{e, st, cert}, nil
+	crt := cert.action.Certificate
+	switch {
+	case cert.action.Agent != c.Agent:
+		return nil, unproven(RuleHeadKey, 0, "the head is of %s, its certificate of %s", c.Agent, cert.action.Agent)
+	case c.Time.Before(crt.NotBefore) || c.Time.After(crt.NotAfter):
+		return nil, unproven(RuleHeadKey, 0, "the head is from %s, outside the life of its certificate", c.Time.Format(time.RFC3339))
 	}
-	r.Permits++
-	use := scope.UseOfStatement(st)
-	if refusal := v.book.Check(cert.scope, use); refusal != nil {
-		return task{}, fmt.Errorf("it is out of scope: %w", refusal)
+	switch err := verifyNote(note, c, crt.PublicKey, cert.alg); {
+	case errors.Is(err, errOtherKey):
+		return nil, unproven(RuleHeadKey, 0, "%v", err)
+	case err != nil:
+		return nil, unproven(RuleHeadSignature, 0, "%v", err)
 	}
-	if got := v.book.Utilisation(cert.scope, use); !slices.Equal(got, st.Decision.Utilisation) {
-		return task{}, errors.New("it states another utilisation of its limits than the entries before it lead to")
+	return c, nil
+}
+
+func (v *verification) certificate(sum scope.Digest) (*certificate, error) {
+	v.mu.Lock()
+	defer v.mu.Unlock()
+	if c, ok := v.certificates[sum]; ok {
+		return c, nil
 	}
-	v.book.Add(use)
-	if e.JWS == "" {
-		if len(r.Unsigned) < 100 {
-			r.Unsigned = append(r.Unsigned, e.Counter)
-		}
-	} else {
-		r.Signed++
+	der, ok := v.stored[[32]byte(sum)]
+	if !ok {
+		return nil, errors.New("its certificate is not in the record")
 	}
-	return task{e, st, cert}, nil
+	chain, err := x509.ParseCertificates(der)
+	if err != nil || len(chain) == 0 || sha256.Sum256(chain[0].Raw) != [32]byte(sum) {
+		return nil, errors.New("its certificate is not the one in the record")
+	}
+	pool, c := x509.NewCertPool(), new(certificate)
+	for _, i := range chain[1:] {
+		pool.AddCert(i)
+	}
+	if c.action, err = certext.ParseAction(chain[0]); err != nil {
+		return nil, fmt.Errorf("its certificate: %w", err)
+	}
+	if c.scope, err = scope.ParseCanonical(c.action.Scope); err != nil {
+		return nil, fmt.Errorf("its certificate: %w", err)
+	}
+	if c.alg, _, err = jws.Algorithm(chain[0].PublicKey); err != nil {
+		return nil, fmt.Errorf("its certificate: %w", err)
+	}
+	if _, err := c.action.VerifyChain(v.o.Roots, pool, chain[0].NotBefore); err != nil {
+		return nil, fmt.Errorf("its certificate does not chain to the CA: %w", err)
+	}
+	v.certificates[sum] = c
+	return c, nil
 }
 
 // start: what a statement says of the process that asked is what its start
 // document in the record says.
 func (v *verification) start(st *scope.Statement) error {
-	if st.Run == nil || v.started[*st.Run] == st.Agent && st.Agent != "" {
+	if st.Run == nil {
+		return nil
+	}
+	v.mu.Lock()
+	defer v.mu.Unlock()
+	if v.started[*st.Run] == st.Agent && st.Agent != "" {
 		return nil
 	}
 	b, ok := v.starts[st.Run.Start]
@@ -224,134 +495,110 @@ func (v *verification) start(st *scope.Statement) error {
 	return nil
 }
 
-// grow adds a leaf to the tree: subtrees of equal size join (RFC 9162, section 2.1).
-func (v *verification) grow(leaf []byte) {
-	h := tlog.RecordHash(leaf)
-	for n := v.report.Entries - 1; n&1 == 1; n >>= 1 {
-		h = tlog.NodeHash(v.tree[len(v.tree)-1], h)
-		v.tree = v.tree[:len(v.tree)-1]
-	}
-	v.tree = append(v.tree, h)
-}
-
-func (v *verification) root() tlog.Hash {
-	if len(v.tree) == 0 {
-		return tlog.Hash{}
-	}
-	h := v.tree[len(v.tree)-1]
-	for i := len(v.tree) - 2; i >= 0; i-- {
-		h = tlog.NodeHash(v.tree[i], h)
-	}
-	return h
-}
-
-func (v *verification) certificate(sum scope.Digest) (*certificate, error) {
-	if c, ok := v.certificates[sum]; ok {
-		return c, nil
-	}
-	der, ok := v.stored[[32]byte(sum)]
-	if !ok {
-		return nil, errors.New("its certificate is not in the record")
-	}
-	chain, err := x509.ParseCertificates(der)
-	if err != nil || len(chain) == 0 || sha256.Sum256(chain[0].Raw) != [32]byte(sum) {
-		return nil, errors.New("its certificate is not the one in the record")
-	}
-	c := &certificate{pool: x509.NewCertPool()}
-	for _, i := range chain[1:] {
-		c.pool.AddCert(i)
-	}
-	if c.action, err = certext.ParseAction(chain[0]); err != nil {
-		return nil, fmt.Errorf("its certificate: %w", err)
-	}
-	if c.scope, err = scope.ParseCanonical(c.action.Scope); err != nil {
-		return nil, fmt.Errorf("its certificate: %w", err)
-	}
-	if c.alg, _, err = jws.Algorithm(chain[0].PublicKey); err != nil {
-		return nil, fmt.Errorf("its certificate: %w", err)
-	}
-	if _, err := c.action.VerifyChain(v.roots, c.pool, chain[0].NotBefore); err != nil {
-		return nil, fmt.Errorf("its certificate does not chain to the CA: %w", err)
-	}
-	v.certificates[sum] = c
-	return c, nil
-}
-
-// signed checks what does not depend on order: agent, scope, certificate at
-// the statement's time, and the signature.
-func (v *verification) signed(t task) error {
-	fail := func(format string, a ...any) error {
-		return &Unproven{t.entry.Counter, fmt.Sprintf(format, a...)}
-	}
-	st, c := t.statement, t.cert
+// signed checks agent, scope, certificate at the statement's time, and the signature.
+func (v *verification) signed(j *job) error {
+	st, c := j.statement, j.cert
+	fail := func(rule Rule, format string, a ...any) error { return unproven(rule, j.entry.Counter, format, a...) }
 	switch {
 	case st.Agent != c.action.Agent:
-		return fail("the statement is of %s, its certificate of %s", st.Agent, c.action.Agent)
+		return fail(RuleAgent, "the statement is of %s, its certificate of %s", st.Agent, c.action.Agent)
 	case [32]byte(st.Decision.Scope) != c.scope.Hash():
-		return fail("the statement names another scope than its certificate")
+		return fail(RuleScope, "the statement names another scope than its certificate")
 	}
 	if st.Decision.Decision == scope.DecisionDeny {
+		if j.entry.JWS != "" {
+			return fail(RuleSignature, "a refusal has a signature")
+		}
 		return nil
 	}
 	crt := c.action.Certificate
 	if at := st.Time.Time; at.Before(crt.NotBefore) || at.After(crt.NotAfter) {
-		return fail("the statement is from %s, outside the life of its certificate", at.Format(time.RFC3339))
+		return fail(RuleTime, "the statement is from %s, outside the life of its certificate", at.Format(time.RFC3339))
 	}
 	env := scope.Env{Now: st.Time.Time, AttestedAt: c.action.Attestation.Time, Reference: st.ReferencePrice(), Run: st.Run}
 	permit, err := scope.Check(c.scope, st.Action(), env)
 	if err != nil {
-		return fail("it is out of scope: %v", err)
+		return fail(RuleScope, "it is out of scope: %v", err)
 	}
 	if !st.StatesNotional(permit) {
-		return fail("it states another notional than its order has")
+		return fail(RuleScope, "it states another notional than its order has")
 	}
-	if t.entry.JWS == "" {
+	if j.entry.JWS == "" {
 		return nil
 	}
-	m, err := jws.Split([]byte(t.entry.JWS))
+	m, err := jws.Split([]byte(j.entry.JWS))
 	if err != nil {
-		return fail("%v", err)
+		return fail(RuleSignature, "%v", err)
 	}
 	h, err := m.Header()
 	if err != nil {
-		return fail("%v", err)
+		return fail(RuleSignature, "%v", err)
 	}
-	if !bytes.Equal(m.Payload, t.entry.Statement) {
-		return fail("what was signed is not the statement")
+	if !bytes.Equal(m.Payload, j.entry.Statement) {
+		return fail(RuleSignature, "what was signed is not the statement")
 	}
 	if h.Typ != jws.Type {
-		return fail("the signature's typ is %.32q", h.Typ)
+		return fail(RuleSignature, "the signature's typ is %.32q", h.Typ)
 	}
 	if err := jws.Verify(crt.PublicKey, h.Alg, m.SigningInput, m.Signature); err != nil {
-		return fail("%v", err)
+		return fail(RuleSignature, "%v", err)
 	}
 	return nil
 }
 
+// finish holds the walk over a whole file against the file's head.
 func (v *verification) finish(head Head) (*Report, error) {
 	r := v.report
+	for n := range v.heads {
+		if n > r.Entries {
+			return nil, unproven(RuleTruncated, 0, "a head was signed over %d entries, %d are there", n, r.Entries)
+		}
+	}
 	root := v.root()
 	switch {
 	case r.Entries != head.Size:
-		return nil, &Unproven{0, fmt.Sprintf("the head says %d entries, %d are there", head.Size, r.Entries)}
+		return nil, unproven(RuleTruncated, 0, "the head says %d entries, %d are there", head.Size, r.Entries)
 	case r.Entries > 0 && v.previous != head.Previous:
-		return nil, &Unproven{0, "the last entry is not the one that the head names"}
+		return nil, unproven(RuleHead, 0, "the last entry is not the one that the head names")
 	case r.Entries > 0 && root != tlog.Hash(head.Root):
-		return nil, &Unproven{0, "the entries do not lead to the head's root"}
+		return nil, unproven(RuleHead, 0, "the entries do not lead to the head's root")
 	}
-	r.Last, r.Certificates = v.last, len(v.certificates)
-	r.Root = fmt.Sprintf("%x", root[:])
-	r.Proves = []string{
-		"every entry is in its place: numbered without gaps, each naming its predecessor, times not going back",
-		"every permit was inside the scope of a certificate of this CA that was valid at its time",
-		"every stored signature is the certified key's, over exactly the entry",
+	r.Root, r.Certificates = fmt.Sprintf("%x", root[:]), len(v.used)
+	if r.Head != nil {
+		r.After = r.Entries - r.Head.Size
+	} else {
+		r.After = r.Entries
 	}
-	r.DoesNotProve = []string{
-		"that no entries followed the last one: compare with the latest signed action that a venue has, which names its number",
-		"that a certificate was not revoked at the time: compare with the issuer's revocation list",
+	r.claim("authentic", true, "Every stored signature is the certified key's, over exactly the entry; every certificate chains to this CA.")
+	r.claim("in_scope", true, "Every permit was inside the scope of a certificate that was valid at its time.")
+	r.claim("limits_over_time", true, "Limits over time were held: they were added up anew from the entries.")
+	r.claim("in_order", true, "Entries are numbered without gaps, each names its predecessor, and times do not go back.")
+	switch {
+	case r.Head == nil:
+		r.claim("complete", false, "That no entries were cut off at the end: the device has signed no head of this record.")
+	case r.After > 0:
+		r.claim("complete", true, fmt.Sprintf("The record held exactly the first %d entries at %s: the device signed that head.", r.Head.Size, r.Head.Time.Format(scope.TimeFormat)))
+		r.claim("nothing_after", false, fmt.Sprintf("That nothing follows the %d entries after that head: ask the signer for a checkpoint.", r.After))
+	default:
+		r.claim("complete", true, fmt.Sprintf("The record held exactly these %d entries at %s: the device signed that head.", r.Head.Size, r.Head.Time.Format(scope.TimeFormat)))
+		r.claim("nothing_after", false, "That nothing was done after that moment: compare with the latest signed action that a venue has, which names its number.")
+	}
+	v.claimRest()
+	return r, nil
+}
+
+func (r *Report) claim(name string, proven bool, text string) {
+	r.Claims = append(r.Claims, Claim{name, proven, text})
+}
+
+// claimRest adds what is said of any record.
+func (v *verification) claimRest() {
+	r := v.report
+	if len(v.started) > 0 {
+		r.claim("what_ran", true, "What entries say of the agent's process is what the start documents say; it is the host's word, as the signer measured it.")
 	}
 	if n := r.Permits - r.Signed; n > 0 {
-		r.DoesNotProve = append(r.DoesNotProve, fmt.Sprintf("who made the %d permits without a stored signature; a crash between record and reply leaves such entries", n))
+		r.claim("all_signed", false, fmt.Sprintf("Whether the %d permits without a stored signature went out: a crash between record and reply leaves such entries; a venue knows.", n))
 	}
-	return r, nil
+	r.claim("not_revoked", false, "That no certificate was revoked at the time: compare with the issuer's revocation list.")
 }

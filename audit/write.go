@@ -72,6 +72,10 @@ type request struct {
 	// or a question:
 	usageOf *scope.Scope
 	usage   []scope.Utilisation
+	// or the head to seal, or a seal's signed checkpoint:
+	seal *Seal
+	note string
+	at   time.Time
 
 	receipt *Receipt
 	err     error
@@ -248,6 +252,11 @@ func (l *Log) commit(group []*request) {
 			l.head = head
 		}
 		l.mu.Unlock()
+		for _, r := range group {
+			if err == nil && r.seal != nil {
+				l.seal(r.seal)
+			}
+		}
 	}
 	for _, r := range group {
 		if err != nil {
@@ -276,6 +285,9 @@ func (l *Log) transact(group []*request) (Head, error) {
 		case r.start != nil:
 			sum := sha256.Sum256(r.start)
 			_, err = l.stmt.start.Exec(sum[:], r.start)
+		case r.seal != nil: // after the commit
+		case r.note != "":
+			_, err = l.stmt.checkpoint.Exec(int64(r.counter), r.at.UnixMicro(), r.note)
 		case r.jws != "":
 			_, err = l.stmt.signature.Exec(int64(r.counter), r.jws)
 		default:

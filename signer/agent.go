@@ -8,6 +8,7 @@ import (
 	"errors"
 	"fmt"
 	"log/slog"
+	"sync"
 	"sync/atomic"
 	"time"
 
@@ -29,12 +30,14 @@ const (
 // It is safe for concurrent use.
 type Agent struct {
 	name     string
-	key      crypto.Signer // used by sign alone
+	key      crypto.Signer // used by sign and by Checkpoint alone
 	log      *audit.Log
 	lifetime time.Duration
 	prices   *priceFile
 	busy     chan struct{}
 	current  atomic.Pointer[credential]
+	sealing  sync.Mutex    // one checkpoint at a time
+	every    time.Duration // between checkpoints
 	now      func() time.Time
 	metrics  *agentMetrics
 	device   func() DeviceStatus // nil: not known

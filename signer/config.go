@@ -49,12 +49,13 @@ type AgentConfig struct {
 	Name              string         `json:"name"`
 	Key               string         `json:"key,omitempty"` // pkcs11: URI of the action key, if it is not in the TPM
 	Callers           []CallerConfig `json:"callers"`
-	StatementLifetime string         `json:"statement_lifetime,omitempty"` // 30s by default, at most 5m
-	ReferencePrices   string         `json:"reference_prices,omitempty"`   // file
-	ReferenceKey      string         `json:"reference_key,omitempty"`      // PEM file: the prices are a JWS by this key
-	MaxConcurrent     int            `json:"max_concurrent,omitzero"`      // requests at a time, 64 by default
+	StatementLifetime string         `json:"statement_lifetime,omitempty"`  // 30s by default, at most 5m
+	ReferencePrices   string         `json:"reference_prices,omitempty"`    // file
+	ReferenceKey      string         `json:"reference_key,omitempty"`       // PEM file: the prices are a JWS by this key
+	MaxConcurrent     int            `json:"max_concurrent,omitzero"`       // requests at a time, 64 by default
+	CheckpointEvery   string         `json:"checkpoint_interval,omitempty"` // how often the record's head is signed, 10m by default
 
-	lifetime time.Duration
+	lifetime, checkpoints time.Duration
 }
 
 // CallerConfig is who may act as the agent: a kind of process on this host, or a
@@ -165,6 +166,14 @@ func (a *AgentConfig) validate(below func(*string)) error {
 			return fmt.Errorf("statement_lifetime %.16q: 1s to 5m is expected", a.StatementLifetime)
 		}
 		a.lifetime = d
+	}
+	a.checkpoints = 10 * time.Minute
+	if a.CheckpointEvery != "" {
+		d, err := time.ParseDuration(a.CheckpointEvery)
+		if err != nil || d < time.Second || d > 24*time.Hour {
+			return fmt.Errorf("checkpoint_interval %.16q: 1s to 24h is expected", a.CheckpointEvery)
+		}
+		a.checkpoints = d
 	}
 	if a.Key != "" && !strings.HasPrefix(a.Key, "pkcs11:") {
 		return fmt.Errorf("key %.32q: a pkcs11: URI is expected; without one the key is in the TPM", a.Key)

@@ -17,6 +17,8 @@ type metrics struct {
 	notAfter *prometheus.GaugeVec
 	callers  prometheus.Counter
 	renewals *prometheus.CounterVec
+
+	checkpointAt *prometheus.GaugeVec
 }
 
 // agentMetrics are those of one agent.
@@ -40,7 +42,8 @@ func newMetrics() *metrics {
 		callers:  prometheus.NewCounter(prometheus.CounterOpts{Name: "inkan_signer_unknown_callers_total", Help: "requests of processes that are no agent"}),
 		renewals: prometheus.NewCounterVec(prometheus.CounterOpts{Name: "inkan_signer_renewals_total", Help: "renewals of certificates, by outcome"}, []string{"agent", "outcome"}),
 	}
-	m.registry.MustRegister(m.signed, m.refused, m.device, m.action, m.notAfter, m.callers, m.renewals)
+	m.checkpointAt = prometheus.NewGaugeVec(prometheus.GaugeOpts{Name: "inkan_signer_checkpoint_seconds", Help: "when the head of the agent's record was last signed, in seconds since 1970"}, agent)
+	m.registry.MustRegister(m.checkpointAt, m.signed, m.refused, m.device, m.action, m.notAfter, m.callers, m.renewals)
 	return m
 }
 

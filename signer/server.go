@@ -45,7 +45,13 @@ func (s *Signer) Serve(ctx context.Context, ready func()) error {
 	renewals, stopRenewals := context.WithCancel(ctx)
 	defer stopRenewals()
 	renewed := make(chan struct{})
-	go func() { s.renewAll(renewals); close(renewed) }()
+	go func() {
+		defer close(renewed)
+		var wg sync.WaitGroup
+		wg.Go(func() { s.renewAll(renewals) })
+		wg.Go(func() { s.checkpointAll(renewals) })
+		wg.Wait()
+	}()
 
 	errs := make(chan error, 3)
 	servers := []*http.Server{server}
@@ -83,6 +89,7 @@ func (s *Signer) Serve(ctx context.Context, ready func()) error {
 	for _, x := range servers {
 		err = errors.Join(err, x.Shutdown(stop))
 	}
+	s.lastCheckpoints(ctx)
 	return err
 }
 
@@ -215,6 +222,8 @@ func (s *Signer) handler() http.Handler {
 			problem.JSON(w, http.StatusOK, Receipt{ID: id, Counter: e.Counter, Statement: e.Statement, JWS: e.JWS})
 		}
 	}))
+	mux.HandleFunc("POST /v1/checkpoint", s.as(s.postCheckpoint))
+	mux.HandleFunc("GET /v1/checkpoint", s.as(s.getCheckpoint))
 	mux.HandleFunc("GET /openapi.json", func(w http.ResponseWriter, _ *http.Request) {
 		w.Header().Set("Content-Type", "application/json")
 		_, _ = w.Write(openAPI) // the client may be gone
@@ -311,14 +320,10 @@ func (s *Signer) unknown(w http.ResponseWriter, r *http.Request, why string, who
 func (s *Signer) act(w http.ResponseWriter, r *http.Request, a *Agent) {
 	begun := time.Now()
 	defer func() { s.metrics.action.Observe(time.Since(begun).Seconds()) }()
-	select {
-	case a.busy <- struct{}{}:
-		defer func() { <-a.busy }()
-	default:
-		w.Header().Set("Retry-After", "1")
-		problem.Write(w, problem.Problem{Status: http.StatusTooManyRequests, Detail: fmt.Sprintf("more than %d requests at a time", cap(a.busy))})
+	if !s.take(w, a) {
 		return
 	}
+	defer func() { <-a.busy }()
 	body, err := io.ReadAll(io.LimitReader(r.Body, scope.MaxAction+1))
 	if err != nil {
 		problem.Write(w, problem.Problem{Status: http.StatusBadRequest, Detail: "the request's body could not be read"})

@@ -76,7 +76,7 @@ func Open(ctx context.Context, c *Config, credentials map[string]Credentials, re
 		if err := os.MkdirAll(dir, 0o700); err != nil {
 			return nil, err
 		}
-		a := &Agent{name: ac.Name, key: cred.Key, lifetime: ac.lifetime, busy: make(chan struct{}, ac.MaxConcurrent), now: time.Now, metrics: s.metrics.agent(ac.Name), logger: log, device: cred.Device}
+		a := &Agent{name: ac.Name, key: cred.Key, lifetime: ac.lifetime, every: ac.checkpoints, busy: make(chan struct{}, ac.MaxConcurrent), now: time.Now, metrics: s.metrics.agent(ac.Name), logger: log, device: cred.Device}
 		if a.prices, err = openPrices(ac.ReferencePrices, ac.ReferenceKey); err != nil {
 			return nil, fmt.Errorf("agent %s: %w", ac.Name, err)
 		}
@@ -150,6 +150,7 @@ func (s *Signer) renew(ctx context.Context, a *Agent) {
 		}
 		s.metrics.renewals.WithLabelValues(a.name, "done").Inc()
 		s.log.InfoContext(ctx, "certificate renewed", "agent", a.name, "not_after", chain[0].NotAfter)
+		s.checkpoint(ctx, a)
 		retry = firstRetry
 		wait = jittered(time.Until(again))
 	}

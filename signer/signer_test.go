@@ -20,6 +20,7 @@ import (
 	"os/exec"
 	"path/filepath"
 	"strings"
+	"sync"
 	"sync/atomic"
 	"syscall"
 	"testing"
@@ -125,6 +126,7 @@ type desk struct {
 	ca     *testca.CA
 	agents map[string]*testca.Agent
 	signer *signer.Signer
+	end    func() // stops it; done anyway when the test ends
 }
 
 // self is the test binary; other is the same program as another file.
@@ -194,12 +196,13 @@ func startWith(t testing.TB, agents string, renew signer.Renewer, known map[stri
 	case err := <-ended:
 		t.Fatal(err)
 	}
-	t.Cleanup(func() {
+	d.end = sync.OnceFunc(func() {
 		stop()
 		if err := errors.Join(<-ended, s.Close()); err != nil && !errors.Is(err, http.ErrServerClosed) {
 			t.Error(err)
 		}
 	})
+	t.Cleanup(d.end)
 	return d
 }
 

@@ -3,6 +3,7 @@ package main
 import (
 	"errors"
 	"fmt"
+	"os"
 	"text/tabwriter"
 	"time"
 
@@ -11,46 +12,89 @@ import (
 	"inkan/audit"
 	"inkan/internal/strictjson"
 	"inkan/scope"
+	"inkan/signer"
 )
 
 func auditCommand(e *env) *cli.Command {
 	log := &cli.StringFlag{Name: "log", Usage: "an agent's record: `FILE` log.db in its state"}
+	ca := &cli.StringFlag{Name: "ca", Usage: "PEM `FILE` with the CA certificate"}
+	export := &cli.StringFlag{Name: "export", Usage: "an export in JSON lines instead of the record: `FILE`; - is standard input"}
 	return &cli.Command{
 		Name:  "audit",
-		Usage: "show and verify an agent's record, offline",
+		Usage: "show, verify and export an agent's record, offline",
 		Subcommands: []*cli.Command{
-			{Name: "verify", Usage: "verify a whole record; exit code 4 when it does not verify", Flags: []cli.Flag{log, &cli.StringFlag{Name: "ca", Usage: "PEM `FILE` with the CA certificate"}, jsonFlag()},
+			{Name: "verify", Usage: "verify a record, or an export of one alone; exit code 4 when it does not verify", Flags: []cli.Flag{log, export, ca, jsonFlag()},
 				Action: func(c *cli.Context) error { return auditVerify(e, c) }},
 			{Name: "show", Usage: "show entries", Flags: []cli.Flag{log, jsonFlag(), &cli.StringFlag{Name: "id", Usage: "of the action with this `ID`"},
 				&cli.Uint64Flag{Name: "from", Value: 1, Usage: "first `NUMBER`"}, &cli.Uint64Flag{Name: "limit", Value: 100, Usage: "at most this `COUNT`"}},
 				Action: func(c *cli.Context) error { return auditShow(e, c) }},
+			{Name: "checkpoint", Usage: "have the signer sign the head of the calling agent's record", Flags: signerFlags(jsonFlag()), Action: func(c *cli.Context) error { return auditCheckpoint(e, c) }},
+			exportCommand(e),
+			{Name: "schema", Usage: "print the JSON Schema of a line of an export", Action: func(*cli.Context) error { e.printf("%s", audit.ExportSchema); return nil }},
 		},
 	}
 }
 
-func auditVerify(e *env, c *cli.Context) error {
-	path, err := required(c, "log")
-	if err != nil {
-		return err
+// progress says on standard error how far something is, once a second.
+func (e *env) progress(what string) func(done, total uint64) {
+	last := time.Now()
+	return func(done, total uint64) {
+		if time.Since(last) > time.Second {
+			last = time.Now()
+			fmt.Fprintf(e.stderr, "%s %d of %d entries\n", what, done, total)
+		}
+	}
+}
+
+// verified is what audit verify prints in JSON.
+type verified struct {
+	Verified bool `json:"verified"`
+	*audit.Report
+}
+
+// unverified is what it prints when something does not verify.
+type unverified struct {
+	Verified bool       `json:"verified"`
+	Rule     audit.Rule `json:"rule"`
+	Entry    uint64     `json:"entry,omitzero"`
+	Reason   string     `json:"reason"`
+}
+
+// check verifies the record or the export that the flags name.
+func (e *env) check(c *cli.Context, o audit.VerifyOptions) ([]*audit.Report, error) {
+	log, export := c.String("log"), c.String("export")
+	if (log == "") == (export == "") {
+		return nil, usage("give --log, or --export")
 	}
 	ca, err := required(c, "ca")
 	if err != nil {
-		return err
+		return nil, err
 	}
-	roots, err := readPool(ca)
-	if err != nil {
-		return err
+	if o.Roots, err = readPool(ca); err != nil {
+		return nil, err
 	}
-	last := time.Now()
-	r, err := audit.VerifyFile(c.Context, path, roots, func(done, total uint64) {
-		if time.Since(last) > time.Second {
-			last = time.Now()
-			fmt.Fprintf(e.stderr, "verified %d of %d entries\n", done, total)
+	o.Progress = e.progress("verified")
+	if log != "" {
+		r, err := audit.VerifyFile(c.Context, log, o)
+		return []*audit.Report{r}, err
+	}
+	in := e.stdin
+	if export != "-" {
+		f, err := os.Open(export)
+		if err != nil {
+			return nil, err
 		}
-	})
+		defer f.Close()
+		in = f
+	}
+	return audit.VerifyExport(c.Context, in, o)
+}
+
+func auditVerify(e *env, c *cli.Context) error {
+	reports, err := e.check(c, audit.VerifyOptions{})
 	if u, ok := errors.AsType[*audit.Unproven](err); ok {
 		if c.Bool("json") {
-			if err := e.printJSON(map[string]any{"verified": false, "entry": u.Counter, "reason": u.Reason}); err != nil {
+			if err := e.printJSON(unverified{Rule: u.Rule, Entry: u.Counter, Reason: u.Reason}); err != nil {
 				return err
 			}
 		}
@@ -59,22 +103,44 @@ func auditVerify(e *env, c *cli.Context) error {
 	if err != nil {
 		return err
 	}
-	type verified struct {
-		Verified bool `json:"verified"`
-		*audit.Report
+	for _, r := range reports { // one, or as many as were joined in an export
+		if err := e.show(c, verified{true, r}, func() { e.tell(r) }); err != nil {
+			return err
+		}
 	}
-	return e.show(c, verified{true, r}, func() {
-		e.printf("The record of %s verifies: %d entries, %d permits (%d signed), %d denials, from %s to %s.\n", r.Agent, r.Entries, r.Permits, r.Signed, r.Denials,
-			r.First.Format(scope.TimeFormat), r.Last.Format(scope.TimeFormat))
-		e.printf("root %s\nIt proves:\n", r.Root)
-		for _, s := range r.Proves {
-			e.printf("  - %s\n", s)
+	return nil
+}
+
+func (e *env) tell(r *audit.Report) {
+	what := "record"
+	if r.Filter != nil {
+		what = "export (" + r.Filter.String() + ")"
+	}
+	e.printf("The %s of %s verifies: %d entries, %d permits (%d signed), %d denials", what, r.Agent, r.Entries, r.Permits, r.Signed, r.Denials)
+	if r.Entries > 0 {
+		e.printf(", from %s to %s", r.First.Format(scope.TimeFormat), r.Last.Format(scope.TimeFormat))
+	}
+	e.printf(".\nroot %s\n", r.Root)
+	for _, proven := range []bool{true, false} {
+		e.printf("%s:\n", map[bool]string{true: "It proves", false: "It does not prove"}[proven])
+		for _, s := range r.Claims {
+			if s.Proven == proven {
+				e.printf("  - %s\n", s.Text)
+			}
 		}
-		e.printf("It does not prove:\n")
-		for _, s := range r.DoesNotProve {
-			e.printf("  - %s\n", s)
-		}
-	})
+	}
+}
+
+func auditCheckpoint(e *env, c *cli.Context) error {
+	to, err := theSigner(c)
+	if err != nil {
+		return err
+	}
+	var sealed signer.Checkpoint
+	if err := to.Checkpoint(c.Context, &sealed); err != nil {
+		return refusedOr(err)
+	}
+	return e.show(c, sealed, func() { e.printf("%s", sealed.Note) })
 }
 
 // shown is an entry as audit show prints it in JSON.

@@ -87,6 +87,11 @@ func (c *Client) SignJSON(ctx context.Context, action []byte) (*Signed, error) {
 	return &out, c.call(ctx, http.MethodPost, "/v1/actions", action, &out)
 }
 
+// Checkpoint has the device sign the head of the agent's record, into out.
+func (c *Client) Checkpoint(ctx context.Context, out any) error {
+	return c.call(ctx, http.MethodPost, "/v1/checkpoint", nil, out)
+}
+
 // Get asks for a document of the signer, such as /v1/agent, into out.
 func (c *Client) Get(ctx context.Context, path string, out any) error {
 	return c.call(ctx, http.MethodGet, path, nil, out)
