@@ -89,6 +89,8 @@ type bench struct {
 	rows []measurement
 	out  io.Writer
 
+	notes []string // lines below the table
+
 	policy, alone, wire, check, commit *measurement // the parts of one signed action
 }
 
@@ -131,7 +133,7 @@ func runBench(ctx context.Context, out io.Writer, inkan string, d time.Duration,
 		return err
 	}
 	for _, step := range []func() error{
-		func() error { return b.signer(ctx, w, raw) }, b.verify, b.record, b.appraise,
+		func() error { return b.signer(ctx, w, raw) }, b.verify, b.record, b.appraise, func() error { return b.token(ctx, inkan) },
 	} {
 		if err := step(); err != nil {
 			return err
@@ -156,6 +158,9 @@ func runBench(ctx context.Context, out io.Writer, inkan string, d time.Duration,
 	rest := b.alone.P50 - b.policy.P50 - b.commit.P50 - b.check.P50 - b.wire.P50
 	fmt.Fprintf(out, "Of a signed action's %s alone: the TPM %s (of which its policy %s), the durable record %s, checking the signature %s,\nHTTP and JSON %s, and %s for identifying the caller, parsing, the scope and waiting between them.\n",
 		b.alone.P50.Round(time.Microsecond), b.policy.P50.Round(time.Microsecond), (b.policy.P50 - raw.P50).Round(time.Microsecond), b.commit.P50.Round(time.Microsecond), b.check.P50.Round(time.Microsecond), b.wire.P50.Round(time.Microsecond), rest.Round(time.Microsecond))
+	for _, n := range b.notes {
+		fmt.Fprintln(out, n)
+	}
 	return nil
 }
 

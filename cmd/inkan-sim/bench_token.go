@@ -1,0 +1,218 @@
+//go:build cgo
+
+package main
+
+import (
+	"bytes"
+	"context"
+	"crypto/sha256"
+	"errors"
+	"fmt"
+	"os"
+	"strconv"
+	"strings"
+	"time"
+
+	"github.com/miekg/pkcs11"
+
+	"inkan/hsm"
+	"inkan/signer/client"
+)
+
+// token measures a signer whose key is in SoftHSM beside the module itself.
+func (b *bench) token(ctx context.Context, inkan string) error {
+	w, err := newWorld(b.out, inkan, true)
+	if err != nil {
+		return err
+	}
+	defer w.end()
+	me, err := os.Executable()
+	if err != nil {
+		return err
+	}
+	for _, step := range []func() error{
+		func() error { return w.makeToken(ctx) }, func() error { return w.startTPM(ctx) }, func() error { return w.startIssuer(ctx) }, func() error { return w.inventory(ctx) },
+		func() error { return w.signerConfig(map[string]string{"mm-07": me}) },
+	} {
+		if err := step(); err != nil {
+			return err
+		}
+	}
+	raw := make(map[int]*measurement)
+	for _, clients := range []int{1, 4, 16} {
+		if raw[clients], err = b.rawToken(w, clients); err != nil {
+			return err
+		}
+	}
+	if err := w.startSigner(); err != nil {
+		return err
+	}
+	c := client.New(w.socket())
+	for _, clients := range []int{1, 4, 16} {
+		before, err := cpuOf(w.signer.cmd.Process.Pid)
+		if err != nil {
+			return err
+		}
+		n := uint64(0)
+		entries := func() (uint64, error) {
+			var info struct{ Entries uint64 }
+			err := c.Get(ctx, "/v1/agent", &looseAgent{&info.Entries})
+			return info.Entries, err
+		}
+		if n, err = entries(); err != nil {
+			return err
+		}
+		if _, err := b.run("signer through its socket, SoftHSM", clients, raw[clients], func(int) error {
+			_, err := c.SignJSON(ctx, []byte(order(client.NewID())))
+			return err
+		}); err != nil {
+			return err
+		}
+		after, err := cpuOf(w.signer.cmd.Process.Pid)
+		if err != nil {
+			return err
+		}
+		total, err := entries()
+		if err != nil {
+			return err
+		}
+		if done := total - n; done > 0 {
+			b.notes = append(b.notes, fmt.Sprintf("SoftHSM, %d clients: the daemon used %s of CPU for an action, its worker process with C_Sign %s.",
+				clients, (after.daemon-before.daemon)/time.Duration(done), (after.worker-before.worker)/time.Duration(done)))
+		}
+	}
+	return nil
+}
+
+// looseAgent takes the one member of the answer that is wanted.
+type looseAgent struct{ entries *uint64 }
+
+func (l *looseAgent) UnmarshalJSON(b []byte) error {
+	i := bytes.Index(b, []byte(`"entries":`))
+	if i < 0 {
+		return errors.New("no entries in the signer's answer")
+	}
+	text := b[i+len(`"entries":`):]
+	end := bytes.IndexAny(text, ",}")
+	n, err := strconv.ParseUint(string(text[:end]), 10, 64)
+	*l.entries = n
+	return err
+}
+
+// rawToken calls C_Sign itself, a session for each client.
+func (b *bench) rawToken(w *world, clients int) (*measurement, error) {
+	uri, err := hsm.ParseURI(w.keyURI)
+	if err != nil {
+		return nil, err
+	}
+	pin, err := os.ReadFile(w.hsm.PINFile)
+	if err != nil {
+		return nil, err
+	}
+	p := pkcs11.New(w.hsm.Module)
+	if p == nil {
+		return nil, errors.New("the module cannot be loaded")
+	}
+	defer p.Destroy()
+	if err := p.Initialize(); err != nil {
+		return nil, err
+	}
+	defer func() { _ = p.Finalize() }() // the process ends soon
+	slots, err := p.GetSlotList(true)
+	if err != nil {
+		return nil, err
+	}
+	var slot uint
+	for _, s := range slots {
+		if info, err := p.GetTokenInfo(s); err == nil && info.Label == w.hsm.Label {
+			slot = s
+		}
+	}
+	sessions := make([]pkcs11.SessionHandle, clients)
+	for i := range sessions {
+		if sessions[i], err = p.OpenSession(slot, pkcs11.CKF_SERIAL_SESSION); err != nil {
+			return nil, err
+		}
+	}
+	if err := p.Login(sessions[0], pkcs11.CKU_USER, strings.TrimSpace(string(pin))); err != nil {
+		return nil, err
+	}
+	if err := p.FindObjectsInit(sessions[0], []*pkcs11.Attribute{pkcs11.NewAttribute(pkcs11.CKA_CLASS, pkcs11.CKO_PRIVATE_KEY), pkcs11.NewAttribute(pkcs11.CKA_ID, uri.ID)}); err != nil {
+		return nil, err
+	}
+	found, _, err := p.FindObjects(sessions[0], 1)
+	if err != nil || len(found) != 1 {
+		return nil, fmt.Errorf("the key is not in the token: %w", err)
+	}
+	if err := p.FindObjectsFinal(sessions[0]); err != nil {
+		return nil, err
+	}
+	digest := sha256.Sum256([]byte("raw"))
+	return b.run("C_Sign, raw", clients, nil, func(client int) error {
+		if err := p.SignInit(sessions[client], []*pkcs11.Mechanism{pkcs11.NewMechanism(pkcs11.CKM_ECDSA, nil)}, found[0]); err != nil {
+			return err
+		}
+		_, err := p.Sign(sessions[client], digest[:])
+		return err
+	})
+}
+
+// cpu is what a signer and its worker have used of the processor.
+type cpu struct{ daemon, worker time.Duration }
+
+func cpuOf(pid int) (cpu, error) {
+	var c cpu
+	own, err := ticks(pid)
+	if err != nil {
+		return c, err
+	}
+	c.daemon = own
+	b, err := os.ReadFile(fmt.Sprintf("/proc/%d/task/%d/children", pid, pid))
+	if err != nil {
+		return c, err
+	}
+	tasks, err := os.ReadDir(fmt.Sprintf("/proc/%d/task", pid))
+	if err != nil {
+		return c, err
+	}
+	for _, t := range tasks { // a child belongs to the thread that started it
+		more, err := os.ReadFile(fmt.Sprintf("/proc/%d/task/%s/children", pid, t.Name()))
+		if err == nil && t.Name() != strconv.Itoa(pid) {
+			b = append(append(b, ' '), more...)
+		}
+	}
+	for _, child := range strings.Fields(string(b)) {
+		n, err := strconv.Atoi(child)
+		if err != nil {
+			return c, err
+		}
+		d, err := ticks(n)
+		if err != nil {
+			return c, err
+		}
+		c.worker += d
+	}
+	return c, nil
+}
+
+// ticks reads the user and system time of a process (proc(5), stat, fields 14
+// and 15, in hundredths of a second).
+func ticks(pid int) (time.Duration, error) {
+	b, err := os.ReadFile(fmt.Sprintf("/proc/%d/stat", pid))
+	if err != nil {
+		return 0, err
+	}
+	fields := strings.Fields(string(b[bytes.LastIndexByte(b, ')')+1:]))
+	if len(fields) < 13 {
+		return 0, errors.New("malformed /proc/PID/stat")
+	}
+	var sum time.Duration
+	for _, f := range fields[11:13] {
+		n, err := strconv.ParseInt(f, 10, 64)
+		if err != nil {
+			return 0, err
+		}
+		sum += time.Duration(n) * 10 * time.Millisecond
+	}
+	return sum, nil
+}
