@@ -52,9 +52,14 @@ CREATE TABLE leaf(
 	payload   BLOB NOT NULL,        -- SHA-256 of the action's canonical form
 	statement BLOB NOT NULL
 ) STRICT;
+CREATE TABLE header(
+	id   INTEGER PRIMARY KEY,
+	text TEXT NOT NULL UNIQUE       -- protected header of signed statements, as it stands in their JWS
+) STRICT;
 CREATE TABLE signature(
-	counter INTEGER PRIMARY KEY,
-	jws     TEXT NOT NULL
+	counter   INTEGER PRIMARY KEY,
+	header    INTEGER NOT NULL,
+	signature BLOB NOT NULL
 ) STRICT;
 CREATE TABLE hash(
 	idx  INTEGER PRIMARY KEY,       -- tlog.StoredHashIndex
@@ -129,18 +134,20 @@ type Log struct {
 	head   Head
 	failed error
 
+	headers map[string]int64 // of signatures, that have a number; the writer's
+
 	edge map[int64]tlog.Hash // the hashes that the next ones are made of; the writer's
 	book *scope.Book         // what is used of limits over time; the writer's, derived from the entries
 }
 
 type statements struct {
-	begin, commit, leaf, signature, hash, head, find, certificate, start, checkpoint, readHash *sql.Stmt
+	begin, commit, leaf, header, signature, hash, head, find, certificate, start, checkpoint, readHash *sql.Stmt
 }
 
 // Open opens or makes the log at path. One process has it open at a time
 // ([ErrInUse]). A log whose head and entries disagree is refused ([ErrDamaged]).
 func Open(ctx context.Context, path string, o Options) (_ *Log, err error) {
-	l := &Log{now: o.Now, requests: make(chan *request, 256), stop: make(chan struct{}), stopped: make(chan struct{})}
+	l := &Log{now: o.Now, requests: make(chan *request, 256), stop: make(chan struct{}), stopped: make(chan struct{}), headers: make(map[string]int64)}
 	if l.now == nil {
 		l.now = time.Now
 	}
@@ -198,10 +205,11 @@ func (l *Log) prepare(ctx context.Context) error {
 		{&l.stmt.begin, "BEGIN IMMEDIATE"},
 		{&l.stmt.commit, "COMMIT"},
 		{&l.stmt.leaf, "INSERT INTO leaf(counter, id, payload, statement) VALUES(?, ?, ?, ?)"},
-		{&l.stmt.signature, "INSERT OR IGNORE INTO signature(counter, jws) VALUES(?, ?)"},
+		{&l.stmt.signature, "INSERT OR IGNORE INTO signature(counter, header, signature) VALUES(?, ?, ?)"},
+		{&l.stmt.header, "INSERT INTO header(text) VALUES(?) ON CONFLICT(text) DO UPDATE SET text = excluded.text RETURNING id"},
 		{&l.stmt.hash, "INSERT INTO hash(idx, hash) VALUES(?, ?)"},
 		{&l.stmt.head, "INSERT INTO head(one, size, root, previous, time) VALUES(1, ?, ?, ?, ?) ON CONFLICT(one) DO UPDATE SET size = excluded.size, root = excluded.root, previous = excluded.previous, time = excluded.time"},
-		{&l.stmt.find, "SELECT l.counter, l.payload, l.statement, coalesce(s.jws, '') FROM leaf l LEFT JOIN signature s USING(counter) WHERE l.id = ?"},
+		{&l.stmt.find, "SELECT l.payload, " + entryColumns + " WHERE l.id = ?"},
 		{&l.stmt.certificate, "INSERT OR IGNORE INTO certificate(sha256, chain) VALUES(?, ?)"},
 		{&l.stmt.start, "INSERT OR IGNORE INTO start(sha256, document) VALUES(?, ?)"},
 		{&l.stmt.checkpoint, "INSERT INTO checkpoint(size, time, note) VALUES(?, ?, ?) ON CONFLICT(size) DO UPDATE SET time = excluded.time, note = excluded.note WHERE excluded.time >= time"},

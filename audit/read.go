@@ -3,6 +3,7 @@ package audit
 import (
 	"context"
 	"database/sql"
+	"encoding/base64"
 	"errors"
 	"fmt"
 	"iter"
@@ -17,11 +18,29 @@ type Entry struct {
 	JWS       string // empty: it was refused, or its signature is not stored
 }
 
+// entryColumns are those that scan takes, and where they come from. A JWS is kept
+// in parts: its header is the same for all that one certificate signs, and its
+// payload is the statement.
+const entryColumns = "l.counter, l.statement, coalesce(h.text, ''), s.signature FROM leaf l LEFT JOIN signature s USING(counter) LEFT JOIN header h ON h.id = s.header"
+
+// scan reads an entry; more columns may stand before its own.
+func (e *Entry) scan(row interface{ Scan(...any) error }, before ...any) error {
+	var header string
+	var signature []byte
+	if err := row.Scan(append(before, &e.Counter, &e.Statement, &header, &signature)...); err != nil {
+		return err
+	}
+	if header != "" {
+		e.JWS = header + "." + base64.RawURLEncoding.EncodeToString(e.Statement) + "." + base64.RawURLEncoding.EncodeToString(signature)
+	}
+	return nil
+}
+
 // Lookup returns the entry of an action id, or nil.
 func (l *Log) Lookup(ctx context.Context, id string) (*Entry, error) {
 	var e Entry
 	// A connection of its own: the writer's has transactions under way.
-	err := l.db.QueryRowContext(ctx, "SELECT l.counter, l.statement, coalesce(s.jws, '') FROM leaf l LEFT JOIN signature s USING(counter) WHERE l.id = ?", id).Scan(&e.Counter, &e.Statement, &e.JWS)
+	err := e.scan(l.db.QueryRowContext(ctx, "SELECT "+entryColumns+" WHERE l.id = ?", id))
 	if errors.Is(err, sql.ErrNoRows) {
 		return nil, nil
 	}
@@ -88,7 +107,7 @@ func (s *Snapshot) Entries(ctx context.Context) iter.Seq2[Entry, error] {
 // entries yields those with numbers of a range.
 func (s *Snapshot) entries(ctx context.Context, from, to uint64) iter.Seq2[Entry, error] {
 	return func(yield func(Entry, error) bool) {
-		rows, err := s.tx.QueryContext(ctx, "SELECT l.counter, l.statement, coalesce(s.jws, '') FROM leaf l LEFT JOIN signature s USING(counter) WHERE l.counter >= ? AND l.counter <= ? ORDER BY l.counter", int64(from), int64(to))
+		rows, err := s.tx.QueryContext(ctx, "SELECT "+entryColumns+" WHERE l.counter >= ? AND l.counter <= ? ORDER BY l.counter", int64(from), int64(to))
 		if err != nil {
 			yield(Entry{}, err)
 			return
@@ -96,7 +115,7 @@ func (s *Snapshot) entries(ctx context.Context, from, to uint64) iter.Seq2[Entry
 		defer rows.Close()
 		for rows.Next() {
 			var e Entry
-			if err := rows.Scan(&e.Counter, &e.Statement, &e.JWS); err != nil {
+			if err := e.scan(rows); err != nil {
 				yield(Entry{}, err)
 				return
 			}

@@ -4,8 +4,10 @@ import (
 	"bytes"
 	"context"
 	"crypto/sha256"
+	"encoding/base64"
 	"errors"
 	"fmt"
+	"strings"
 	"sync/atomic"
 	"time"
 
@@ -62,9 +64,10 @@ type request struct {
 	permit   *scope.Permit
 	refusal  *scope.Refusal
 	identity Identity
-	// or a signature:
-	counter uint64
-	jws     string
+	// or a signature, with the protected header of its JWS:
+	counter   uint64
+	header    string
+	signature []byte
 	// or a certificate:
 	certificate, chain []byte
 	// or a start document:
@@ -139,8 +142,14 @@ func (l *Log) Complete(r *Receipt, jws string) error {
 	if r == nil || r.statement == nil {
 		return ErrSpent
 	}
+	header, rest, _ := strings.Cut(jws, ".")
+	payload, text, ok := strings.Cut(rest, ".")
+	signature, err := base64.RawURLEncoding.DecodeString(text)
+	if !ok || err != nil || header == "" || payload != base64.RawURLEncoding.EncodeToString(r.statement) {
+		return fmt.Errorf("record: what was signed is not entry %d", r.counter)
+	}
 	select {
-	case l.requests <- &request{counter: r.counter, jws: jws}:
+	case l.requests <- &request{counter: r.counter, header: header, signature: signature}:
 		return nil
 	case <-l.stop:
 		return errors.New("the record was closed")
@@ -288,8 +297,8 @@ func (l *Log) transact(group []*request) (Head, error) {
 		case r.seal != nil: // after the commit
 		case r.note != "":
 			_, err = l.stmt.checkpoint.Exec(int64(r.counter), r.at.UnixMicro(), r.note)
-		case r.jws != "":
-			_, err = l.stmt.signature.Exec(int64(r.counter), r.jws)
+		case r.header != "":
+			err = l.signature(r)
 		default:
 			var added bool
 			added, err = l.entry(r, &head, fresh)
@@ -313,6 +322,20 @@ func (l *Log) transact(group []*request) (Head, error) {
 		return head, l.rollback(err)
 	}
 	return head, nil
+}
+
+// signature writes a signature, and its header if it is new.
+func (l *Log) signature(r *request) error {
+	id, ok := l.headers[r.header]
+	if !ok {
+		if err := l.stmt.header.QueryRow(r.header).Scan(&id); err != nil {
+			return err
+		}
+		clear(l.headers) // certificates follow one another: one is current
+		l.headers[r.header] = id
+	}
+	_, err := l.stmt.signature.Exec(int64(r.counter), id, r.signature)
+	return err
 }
 
 func (l *Log) rollback(err error) error {
@@ -388,16 +411,15 @@ func (r *request) permitAt(at time.Time) error {
 
 // known answers a request whose action id stands in the record.
 func (l *Log) known(r *request) error {
-	var counter uint64
-	var payload, statement []byte
-	var jws string
-	if err := l.stmt.find.QueryRow(r.action.ID).Scan(&counter, &payload, &statement, &jws); err != nil {
+	var e Entry
+	var payload []byte
+	if err := e.scan(l.stmt.find.QueryRow(r.action.ID), &payload); err != nil {
 		return err
 	}
 	if !bytes.Equal(payload, r.payload[:]) {
 		r.err = ErrConflict
-	} else if r.err = decisionOf(statement); r.err == nil {
-		r.receipt = &Receipt{statement: statement, counter: counter, id: r.action.ID, repeated: true, signed: jws}
+	} else if r.err = decisionOf(e.Statement); r.err == nil {
+		r.receipt = &Receipt{statement: e.Statement, counter: e.Counter, id: r.action.ID, repeated: true, signed: e.JWS}
 	}
 	return nil
 }

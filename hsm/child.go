@@ -102,7 +102,7 @@ func (c *child) call(ctx context.Context, q request) (*response, error) {
 	c.write.Lock()
 	limit, _ := ctx.Deadline()
 	_ = c.conn.SetWriteDeadline(limit) // a hung worker does not read
-	err := writeFrame(c.conn, q)
+	err := writeFrame(c.conn, &q)
 	c.write.Unlock()
 	if err != nil {
 		return nil, ErrWorker

@@ -6,6 +6,7 @@ import (
 	"fmt"
 	"os"
 	"path/filepath"
+	"reflect"
 	"strings"
 	"testing"
 )
@@ -64,19 +65,61 @@ func FuzzParseURI(f *testing.F) {
 	})
 }
 
+// FuzzReadFrame: what is read and written again is the same.
 func FuzzReadFrame(f *testing.F) {
+	for _, q := range []request{{ID: 1, Op: opFind, Key: []byte{1}}, {ID: 2, Op: opSign, Scheme: schemeECDSA, Key: []byte("key"), Input: make([]byte, 32)}, {ID: 3, Op: opSign, Scheme: schemePSS, Hash: "SHA-512", Key: []byte("k")}} {
+		var b bytes.Buffer
+		if err := writeFrame(&b, &q); err != nil {
+			f.Fatal(err)
+		}
+		f.Add(b.Bytes())
+	}
 	var b bytes.Buffer
-	if err := writeFrame(&b, response{ID: 7, Signature: []byte{1}}); err != nil {
+	if err := writeFrame(&b, &response{ID: 7, Signature: []byte{1}}); err != nil {
 		f.Fatal(err)
 	}
 	f.Add(b.Bytes())
 	f.Add([]byte{0xff, 0xff, 0xff, 0xff})
-	f.Fuzz(func(_ *testing.T, b []byte) {
-		var q request
+	f.Add([]byte{0, 0, 0, 12, 'S', 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 64})
+	f.Fuzz(func(t *testing.T, b []byte) {
+		var q, q2 request
+		if err := readFrame(bytes.NewReader(b), &q); err == nil {
+			var again bytes.Buffer
+			if err := writeFrame(&again, &q); err == nil {
+				if err := readFrame(&again, &q2); err != nil || !reflect.DeepEqual(normal(q), normal(q2)) {
+					t.Errorf("%+v came back as %+v, %v", q, q2, err)
+				}
+			}
+		}
 		var a response
-		_ = readFrame(bytes.NewReader(b), &q)
 		_ = readFrame(bytes.NewReader(b), &a)
 	})
+}
+
+// normal makes empty and absent fields alike: a frame does not tell them apart.
+func normal(q request) request {
+	for _, b := range []*[]byte{&q.Key, &q.Input} {
+		if len(*b) == 0 {
+			*b = nil
+		}
+	}
+	return q
+}
+
+func TestBadFrames(t *testing.T) {
+	for name, body := range map[string]string{
+		"short": "S1234567", "unknown scheme": "S12345678\x09\x00\x00", "unknown hash": "S12345678\x00\x09\x00",
+		"long CKA_ID": "S12345678\x00\x00\x41", "cut CKA_ID": "S12345678\x00\x00\x02x", "unknown kind": "T", "empty": "",
+	} {
+		if err := new(request).decode([]byte(body)); err == nil {
+			t.Errorf("%s: accepted", name)
+		}
+	}
+	for _, body := range []string{"s12345678", "s", "S12345678x", ""} {
+		if err := new(response).decode([]byte(body)); err == nil {
+			t.Errorf("response %q: accepted", body)
+		}
+	}
 }
 
 func TestReadPIN(t *testing.T) {

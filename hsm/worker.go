@@ -89,7 +89,7 @@ func RunWorker(f *os.File) error {
 func (w *worker) reply(r response) {
 	w.write.Lock()
 	defer w.write.Unlock()
-	if err := writeFrame(w.conn, r); err != nil {
+	if err := writeFrame(w.conn, &r); err != nil {
 		os.Exit(1) // nobody listens any more
 	}
 }

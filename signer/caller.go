@@ -9,7 +9,6 @@ import (
 	"os"
 	"strings"
 	"sync"
-	"syscall"
 
 	"golang.org/x/sys/unix"
 )
@@ -80,12 +79,8 @@ var errCallerGone = errors.New("the calling process is gone")
 // since it connected, so it is asked at every request.
 func (p *peer) describe(digests *digestCache, wantUnit bool) (*caller, error) {
 	c := &caller{UID: p.uid, PID: p.pid}
-	exe, err := os.Open(fmt.Sprintf("/proc/%d/exe", p.pid)) // the file itself, whatever its path is by now
-	if err != nil {
-		return nil, fmt.Errorf("identifying the caller: %w", err)
-	}
-	defer exe.Close()
-	if c.Executable, err = digests.of(exe); err != nil {
+	var err error
+	if c.Executable, err = digests.of(fmt.Sprintf("/proc/%d/exe", p.pid)); err != nil {
 		return nil, fmt.Errorf("identifying the caller: %w", err)
 	}
 	if wantUnit {
@@ -127,24 +122,30 @@ type digestCache struct {
 type fileID struct {
 	dev, ino     uint64
 	size         int64
-	mtime, ctime syscall.Timespec
+	mtime, ctime unix.Timespec
 }
 
-func (d *digestCache) of(f *os.File) ([32]byte, error) {
-	fi, err := f.Stat()
-	if err != nil {
-		return [32]byte{}, err
+// of returns the digest of the file that the link /proc/PID/exe leads to: the
+// file itself, whatever its path is by now.
+func (d *digestCache) of(link string) ([32]byte, error) {
+	var st unix.Stat_t
+	if err := unix.Stat(link, &st); err != nil {
+		return [32]byte{}, &os.PathError{Op: "stat", Path: link, Err: err}
 	}
-	st, ok := fi.Sys().(*syscall.Stat_t)
-	if !ok {
-		return [32]byte{}, errors.New("no file status")
-	}
-	id := fileID{st.Dev, st.Ino, st.Size, st.Mtim, st.Ctim}
 	d.mu.Lock()
-	sum, ok := d.seen[id]
+	sum, ok := d.seen[idOf(&st)]
 	d.mu.Unlock()
 	if ok {
 		return sum, nil
+	}
+	f, err := os.Open(link)
+	if err != nil {
+		return [32]byte{}, err
+	}
+	defer f.Close()
+	// What was opened counts: the process may have executed another file since.
+	if err := unix.Fstat(int(f.Fd()), &st); err != nil {
+		return [32]byte{}, err
 	}
 	h := sha256.New()
 	if _, err := io.Copy(h, f); err != nil {
@@ -156,6 +157,10 @@ func (d *digestCache) of(f *os.File) ([32]byte, error) {
 	if d.seen == nil || len(d.seen) > 1024 {
 		d.seen = make(map[fileID][32]byte)
 	}
-	d.seen[id] = sum
+	d.seen[idOf(&st)] = sum
 	return sum, nil
+}
+
+func idOf(st *unix.Stat_t) fileID {
+	return fileID{st.Dev, st.Ino, st.Size, st.Mtim, st.Ctim}
 }

@@ -4,6 +4,7 @@ import (
 	"bufio"
 	"bytes"
 	"context"
+	"crypto"
 	"crypto/ecdsa"
 	"crypto/elliptic"
 	"crypto/rand"
@@ -19,6 +20,7 @@ import (
 	"os"
 	"os/exec"
 	"path/filepath"
+	"runtime"
 	"strings"
 	"sync"
 	"sync/atomic"
@@ -30,11 +32,13 @@ import (
 	"golang.org/x/sys/unix"
 
 	"inkan/audit"
+	"inkan/hsm"
 	"inkan/internal/problem"
 	"inkan/internal/testca"
 	"inkan/scope"
 	"inkan/signer"
 	"inkan/signer/client"
+	"inkan/simulator"
 )
 
 const scopeJSON = `{"allowed_actions":["order.new"],"allowed_instruments":[{"id":"isin:FR0000120271"}],"allowed_ord_types":["2"],"allowed_sides":["1"],"allowed_tif":["0"],"allowed_venues":["XPAR"],"max_order_notional":[{"amount":"25000","currency":"EUR"}],"version":1}`
@@ -45,6 +49,12 @@ func order(id string, changes ...string) []byte {
 
 // TestMain lets the test binary be a caller of the signer: see runAs.
 func TestMain(m *testing.M) {
+	if len(os.Args) == 2 && os.Args[1] == "hsm-worker" {
+		if err := hsm.RunWorker(os.NewFile(3, "parent")); err != nil {
+			fmt.Fprintln(os.Stderr, err)
+			os.Exit(1)
+		}
+	}
 	if mode := os.Getenv("INKAN_CALLER"); mode != "" {
 		os.Exit(callerMain(mode, os.Getenv("INKAN_SOCKET")))
 	}
@@ -178,6 +188,9 @@ func startWith(t testing.TB, agents string, renew signer.Renewer, known map[stri
 	}
 	credentials := make(map[string]signer.Credentials)
 	for _, a := range config.Agents {
+		if k := known[a.Name]; k != nil && k.Chain == nil { // a key that wants a certificate
+			known[a.Name] = d.ca.AgentWithKey(t, a.Name, []byte(scopeJSON), k.Key, nil)
+		}
 		if d.agents[a.Name] = known[a.Name]; d.agents[a.Name] == nil {
 			d.agents[a.Name] = d.ca.Agent(t, a.Name, []byte(scopeJSON), nil)
 		}
@@ -472,29 +485,63 @@ func BenchmarkAction(b *testing.B) {
 	if err != nil {
 		b.Fatal(err)
 	}
-	for _, clients := range []int{1, 16} {
-		b.Run(fmt.Sprint(clients), func(b *testing.B) {
-			d := start(b, agent("a", self))
-			c := client.New(d.socket)
-			b.SetParallelism(max(1, clients/2))
-			if clients == 1 {
-				for b.Loop() {
-					if _, err := c.SignJSON(b.Context(), order(client.NewID())); err != nil {
-						b.Fatal(err)
-					}
+	for _, device := range []string{"software", "SoftHSM"} {
+		for _, clients := range []int{1, 16} {
+			b.Run(fmt.Sprint(device, "/", clients), func(b *testing.B) {
+				known := make(map[string]*testca.Agent)
+				if device == "SoftHSM" {
+					key := tokenKey(b)
+					known["a"] = &testca.Agent{Key: key}
 				}
-				return
-			}
-			b.RunParallel(func(pb *testing.PB) {
-				for pb.Next() {
-					if _, err := c.SignJSON(b.Context(), order(client.NewID())); err != nil {
-						b.Error(err)
-						return
+				d := startWith(b, agent("a", self), nil, known)
+				c := client.New(d.socket)
+				b.SetParallelism(max(1, clients/runtime.GOMAXPROCS(0)))
+				before := used(b)
+				if clients == 1 {
+					for b.Loop() {
+						if _, err := c.SignJSON(b.Context(), order(client.NewID())); err != nil {
+							b.Fatal(err)
+						}
 					}
+				} else {
+					b.RunParallel(func(pb *testing.PB) {
+						for pb.Next() {
+							if _, err := c.SignJSON(b.Context(), order(client.NewID())); err != nil {
+								b.Error(err)
+								return
+							}
+						}
+					})
 				}
+				b.ReportMetric(float64((used(b)-before).Nanoseconds())/float64(b.N), "cpu-ns/op") // the client's included
 			})
-		})
+		}
 	}
+}
+
+// used is the processor time that this process has had.
+func used(b *testing.B) time.Duration {
+	var u syscall.Rusage
+	if err := syscall.Getrusage(syscall.RUSAGE_SELF, &u); err != nil {
+		b.Fatal(err)
+	}
+	return time.Duration(u.Utime.Nano() + u.Stime.Nano())
+}
+
+// tokenKey is a key in a token of its own.
+func tokenKey(b *testing.B) crypto.Signer {
+	s := simulator.SoftHSMForTest(b)
+	b.Setenv("SOFTHSM2_CONF", s.Config)
+	token, err := hsm.Open(fmt.Sprintf("pkcs11:token=%s?module-path=%s&pin-source=file:%s", s.Label, s.Module, s.PINFile), hsm.Options{})
+	if err != nil {
+		b.Fatal(err)
+	}
+	b.Cleanup(func() { _ = token.Close() })
+	k, err := token.GenerateKey(hsm.P256, "a", nil)
+	if err != nil {
+		b.Fatal(err)
+	}
+	return k
 }
 
 // renewer issues the agent a new certificate each time it is asked.

@@ -9,6 +9,7 @@ import (
 	"io"
 	"os"
 	"path/filepath"
+	"runtime/debug"
 	"strings"
 	"time"
 
@@ -363,6 +364,7 @@ func signerServe(e *env, c *cli.Context) error {
 	if err != nil {
 		return err
 	}
+	debug.SetGCPercent(400) // a small heap with much passing through it: collect less often
 	err = s.Serve(interrupted(c), func() {
 		if err := e.printJSON(map[string]any{"socket": config.Socket, "agents": len(config.Agents)}); err != nil {
 			fmt.Fprintf(e.stderr, "inkan: %v\n", err)

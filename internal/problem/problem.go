@@ -56,7 +56,7 @@ func Write(w http.ResponseWriter, p Problem) {
 
 // JSON answers with a JSON document.
 func JSON(w http.ResponseWriter, status int, v any) {
-	b, err := strictjson.Marshal(v)
+	b, err := strictjson.Encode(v)
 	if err != nil {
 		Write(w, Problem{Status: http.StatusInternalServerError})
 		return

@@ -47,6 +47,10 @@ func Marshal(v any) ([]byte, error) {
 	return val, nil
 }
 
+// Encode returns v as JSON with members in the order of its type: for answers
+// that nobody signs or hashes.
+func Encode(v any) ([]byte, error) { return json.Marshal(v) }
+
 // Canonical returns the RFC 8785 form of the JSON document b of at most max bytes.
 func Canonical(b []byte, max int) ([]byte, error) {
 	if len(b) > max {
