@@ -38,7 +38,8 @@ type Expectation struct {
 	Endorsement  *Endorsement
 	SRK          []byte // TPMT_PUBLIC from the Hello, on record after the first time
 	AK           []byte // likewise
-	AuthPolicy   []byte // of the keys
+	AuthPolicy   []byte // of keys in local mode
+	ApproverAuth []byte // authPolicy of keys in approver mode
 	Clock        *Clock // of the last accepted evidence; nil at first
 	UnsafeClock  bool   // the device's record allows a clock that is not safe
 	MinFirmware  uint64 // the firmware must not be older; 0: any
@@ -49,10 +50,11 @@ type Expectation struct {
 type CertifiedKey struct {
 	Purpose    string
 	Protection string // ProtectionHSM, or empty: in the TPM
+	Mode       string // of a key in the TPM
 	PublicKey  crypto.PublicKey
-	CSR        *x509.CertificateRequest
-	Name       []byte // of a key in the TPM
-	AuthPolicy []byte // likewise
+	CSR        *x509.CertificateRequest // nil for a key in approver mode
+	Name       []byte                   // of a key in the TPM
+	AuthPolicy []byte                   // likewise
 }
 
 // Result shows that Appraise accepted evidence. Only Appraise makes one; the
@@ -254,11 +256,19 @@ func (a *appraisal) key(want KeyRequest, ev *KeyEvidence) (*CertifiedKey, error)
 	if !ok {
 		return nil, refuse("K3", "the key is not an ECDSA key")
 	}
-	csr, err := checkCSR(ev.CSR, key)
-	if err != nil {
+	k := &CertifiedKey{Purpose: want.Purpose, Mode: ModeLocal, PublicKey: key, Name: name, AuthPolicy: public.AuthPolicy.Buffer}
+	if want.Mode == ModeApprover {
+		// It signs nothing but statements, not even a request: that the TPM certified
+		// it for this exchange shows who holds it.
+		if k.Mode = ModeApprover; len(ev.CSR) != 0 {
+			return nil, refuse("K2", "a certificate request for a key in approver mode, which signs none")
+		}
+		return k, nil
+	}
+	if k.CSR, err = checkCSR(ev.CSR, key); err != nil {
 		return nil, err
 	}
-	return &CertifiedKey{Purpose: want.Purpose, PublicKey: key, CSR: csr, Name: name, AuthPolicy: public.AuthPolicy.Buffer}, nil
+	return k, nil
 }
 
 // template holds the key's public area against the one asked for, and names
@@ -276,8 +286,12 @@ func (a *appraisal) template(p *tpm2.TPMTPublic, want KeyRequest) error {
 			return refuse("K3", "%s of the %s key is %v, %v is expected", bit.name, want.Purpose, bit.set, bit.want)
 		}
 	}
-	if len(a.x.AuthPolicy) == 0 || !bytes.Equal(p.AuthPolicy.Buffer, a.x.AuthPolicy) {
-		return refuse("K3", "the authPolicy of the %s key is %x, %x is expected", want.Purpose, p.AuthPolicy.Buffer, a.x.AuthPolicy)
+	expected := a.x.AuthPolicy
+	if want.Mode == ModeApprover {
+		expected = a.x.ApproverAuth
+	}
+	if len(expected) == 0 || !bytes.Equal(p.AuthPolicy.Buffer, expected) {
+		return refuse("K3", "the authPolicy of the %s key is %x, %x is expected", want.Purpose, p.AuthPolicy.Buffer, expected)
 	}
 	if !sameButUnique(p, want.Template) {
 		return refuse("K3", "the %s key does not have the template that was asked for", want.Purpose)
@@ -449,10 +463,16 @@ func (a *appraisal) clock(s *tpm2.TPMSAttest, r *Result) error {
 	return nil
 }
 
-// matchPolicy returns the first approved policy that the values satisfy.
+// matchPolicy returns the first approved policy that the values satisfy, of
+// those that the first key asked for works under.
 func matchPolicy(c *Challenge, values []PCRValue) (string, error) {
-	for i := range c.Policies {
-		p := &c.Policies[i]
+	mode := ModeLocal
+	if c.Keys[0].Mode == ModeApprover {
+		mode = ModeApprover
+	}
+	list := OfMode(c.Policies, mode)
+	for i := range list {
+		p := &list[i]
 		if err := VerifyPolicy(c.PolicyKey, c.PolicyRef, p); err != nil {
 			return "", refuse("P1", "%v", err)
 		}
@@ -460,8 +480,8 @@ func matchPolicy(c *Challenge, values []PCRValue) (string, error) {
 			return p.Name, nil
 		}
 	}
-	if len(c.Policies) == 0 {
-		return "", refuse("P1", "no policy is approved for this device")
+	if len(list) == 0 {
+		return "", refuse("P1", "no policy is approved for this device and keys in %s mode", mode)
 	}
-	return "", refuse("P1", "the PCRs match none of %d approved policies: %s", len(c.Policies), Differences(c.Policies[0], values))
+	return "", refuse("P1", "the PCRs match none of %d approved policies: %s", len(list), Differences(list[0], values))
 }

@@ -46,6 +46,7 @@ type Credential struct {
 type KeyRequest struct {
 	Purpose    string `json:"purpose"`
 	Protection string `json:"protection,omitempty"` // ProtectionHSM, or empty for a key in the TPM
+	Mode       string `json:"mode,omitempty"`       // ModeApprover, or empty: local
 	Template   []byte `json:"template,omitempty"`   // of a key in the TPM: TPMT_PUBLIC; unique is empty
 }
 
@@ -74,7 +75,7 @@ type KeyEvidence struct {
 	Purpose string    `json:"purpose"`
 	Public  []byte    `json:"public,omitempty"`  // of a key in the TPM
 	SPKI    []byte    `json:"spki,omitempty"`    // of a key in an HSM: DER SubjectPublicKeyInfo
-	CSR     []byte    `json:"csr"`               // DER PKCS#10, signed by the key
+	CSR     []byte    `json:"csr,omitempty"`     // DER PKCS#10, signed by the key; of a key in approver mode none
 	Certify *Attested `json:"certify,omitempty"` // of a key in the TPM
 }
 
@@ -106,8 +107,11 @@ type PCRValue struct {
 
 // ApprovedPolicy is a set of PCR reference values that the policy key approved
 // (TPM2_PolicyAuthorize): the host's keys work while its PCRs have these values.
+// With approvers it is for keys in approver mode, and the TPM demands an
+// authorization of each of them for each signature (TPM2_PolicySigned).
 type ApprovedPolicy struct {
 	Name      string     `json:"name"`
-	PCRs      []PCRValue `json:"pcrs"`      // ordered by bank, then index
-	Signature []byte     `json:"signature"` // TPMT_SIGNATURE of the policy key over H(policy digest | policyRef)
+	PCRs      []PCRValue `json:"pcrs"`                // ordered by bank, then index
+	Approvers [][]byte   `json:"approvers,omitempty"` // TPMT_PUBLIC of each
+	Signature []byte     `json:"signature"`           // TPMT_SIGNATURE of the policy key over H(policy digest | policyRef of the mode)
 }

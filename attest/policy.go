@@ -176,25 +176,32 @@ func Approval(digest, ref []byte) [32]byte {
 	return sha256.Sum256(append(bytes.Clone(digest), ref...))
 }
 
-// SignPolicy approves PCR values with the policy key, a P-256 key.
-func SignPolicy(key crypto.Signer, name string, values []PCRValue, ref []byte) (*ApprovedPolicy, error) {
+// SignPolicy approves PCR values with the policy key, a P-256 key: for keys in
+// local mode, or with approvers for those in approver mode.
+func SignPolicy(key crypto.Signer, name string, values []PCRValue, ref []byte, approvers ...*ecdsa.PublicKey) (*ApprovedPolicy, error) {
 	if !validName(name) {
 		return nil, fmt.Errorf("policy name %.80q: 1 to 64 letters, digits, dots, dashes and underscores are expected", name)
 	}
-	digest, err := PCRPolicy(values)
+	p := &ApprovedPolicy{Name: name, PCRs: slices.Clone(values)}
+	for _, k := range approvers {
+		area, err := PolicyKeyPublic(k)
+		if err != nil {
+			return nil, fmt.Errorf("approver: %w", err)
+		}
+		p.Approvers = append(p.Approvers, area)
+	}
+	digest, err := PolicyDigest(p, ref)
 	if err != nil {
 		return nil, err
 	}
-	a := Approval(digest, ref)
+	a := Approval(digest, p.ref(ref))
 	der, err := key.Sign(rand.Reader, a[:], crypto.SHA256)
 	if err != nil {
 		return nil, fmt.Errorf("signing with the policy key: %w", err)
 	}
-	sig, err := ecdsaSignature(der)
-	if err != nil {
+	if p.Signature, err = ecdsaSignature(der); err != nil {
 		return nil, fmt.Errorf("policy key: %w", err)
 	}
-	p := &ApprovedPolicy{Name: name, PCRs: slices.Clone(values), Signature: sig}
 	pub, ok := key.Public().(*ecdsa.PublicKey)
 	if !ok {
 		return nil, errors.New("policy key: P-256 is expected")
@@ -224,7 +231,7 @@ func VerifyPolicy(policyKey, policyRef []byte, p *ApprovedPolicy) error {
 	if !validName(p.Name) {
 		return fmt.Errorf("approved policy: name %.80q is not valid", p.Name)
 	}
-	digest, err := PCRPolicy(p.PCRs)
+	digest, err := PolicyDigest(p, policyRef)
 	if err != nil {
 		return fmt.Errorf("approved policy %s: %w", p.Name, err)
 	}
@@ -236,7 +243,7 @@ func VerifyPolicy(policyKey, policyRef []byte, p *ApprovedPolicy) error {
 	if err != nil {
 		return err
 	}
-	if err := verifyECDSA(key, Approval(digest, policyRef), p.Signature); err != nil {
+	if err := verifyECDSA(key, Approval(digest, p.ref(policyRef)), p.Signature); err != nil {
 		return fmt.Errorf("approved policy %s: %w", p.Name, err)
 	}
 	return nil

@@ -9,7 +9,6 @@ import (
 	"crypto"
 	"crypto/ecdsa"
 	"crypto/rand"
-	"crypto/sha256"
 	"crypto/x509"
 	"crypto/x509/pkix"
 	"encoding/hex"
@@ -87,23 +86,15 @@ func (c *Config) validate() error {
 
 // Names of files in an issuer's directory.
 const (
-	ConfigFile     = "issuer.yaml"
-	CAFile         = "ca.pem"
-	CAKeyFile      = "ca.key"
-	PolicyFile     = "policy.pub.pem" // the policy key's public half
-	PolicyKeyFile  = "policy.key"
-	AdminFile      = "admin.pem"
-	AdminKeyFile   = "admin.key"
-	inventoryFile  = "inventory.db"
-	policyRefLabel = "inkan policy v1\x00"
+	ConfigFile    = "issuer.yaml"
+	CAFile        = "ca.pem"
+	CAKeyFile     = "ca.key"
+	PolicyFile    = "policy.pub.pem" // the policy key's public half
+	PolicyKeyFile = "policy.key"
+	AdminFile     = "admin.pem"
+	AdminKeyFile  = "admin.key"
+	inventoryFile = "inventory.db"
 )
-
-// PolicyRef is the policyRef of all approvals in a trust domain: it keeps
-// approvals of one from serving in another that has the same policy key.
-func PolicyRef(trustDomain string) []byte {
-	sum := sha256.Sum256([]byte(policyRefLabel + trustDomain))
-	return sum[:]
-}
 
 // Issuer is an issuer's state. It is safe for concurrent use.
 type Issuer struct {
@@ -112,7 +103,7 @@ type Issuer struct {
 	ca        *x509.Certificate
 	policyKey []byte // TPMT_PUBLIC
 	policyRef []byte
-	auth      []byte // authPolicy of agents' keys
+	auth      map[string][]byte // authPolicy of agents' keys, by mode
 	store     *store
 	log       *slog.Logger
 	now       func() time.Time
@@ -129,7 +120,7 @@ type Issuer struct {
 
 // New opens the issuer in dir with its CA key. Close it.
 func New(ctx context.Context, dir string, c *Config, key crypto.Signer, log *slog.Logger) (*Issuer, error) {
-	i := &Issuer{config: c, key: key, log: log, now: time.Now, policyRef: PolicyRef(c.TrustDomain), metrics: newMetrics()}
+	i := &Issuer{config: c, key: key, log: log, now: time.Now, policyRef: attest.PolicyRef(c.TrustDomain), auth: make(map[string][]byte), metrics: newMetrics()}
 	i.sessions, i.limit = newSessions(), limiter{rate: perAddressRate, burst: perAddressBurst}
 	var err error
 	if i.ca, err = readCertificate(filepath.Join(dir, CAFile)); err != nil {
@@ -145,8 +136,10 @@ func New(ctx context.Context, dir string, c *Config, key crypto.Signer, log *slo
 	if i.policyKey, err = attest.PolicyKeyPublic(policy); err != nil {
 		return nil, err
 	}
-	if i.auth, err = attest.AuthPolicy(i.policyKey, i.policyRef); err != nil {
-		return nil, err
+	for _, mode := range []string{attest.ModeLocal, attest.ModeApprover} {
+		if i.auth[mode], err = attest.KeyPolicy(mode, i.policyKey, i.policyRef); err != nil {
+			return nil, err
+		}
 	}
 	if i.store, err = openStore(ctx, filepath.Join(dir, inventoryFile)); err != nil {
 		return nil, err

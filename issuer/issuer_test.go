@@ -118,7 +118,7 @@ func newOffice(t testing.TB) *office {
 		t.Fatal(err)
 	}
 	o.must(t, o.addDevice(t, "host1", o.dev))
-	p, err := attest.SignPolicy(o.policy, "good", o.dev.Values(selection), issuer.PolicyRef("example.org"))
+	p, err := attest.SignPolicy(o.policy, "good", o.dev.Values(selection), attest.PolicyRef("example.org"))
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -520,7 +520,7 @@ func TestInventory(t *testing.T) {
 	if err := o.admin.AddAgent(t.Context(), issuer.Agent{Name: "b", Device: "host1", Scope: `{"version":1}`}); err == nil {
 		t.Error("an agent without a valid scope")
 	}
-	p, err := attest.SignPolicy(newKey(t), "theirs", o.dev.Values(selection), issuer.PolicyRef("example.org"))
+	p, err := attest.SignPolicy(newKey(t), "theirs", o.dev.Values(selection), attest.PolicyRef("example.org"))
 	o.must(t, err)
 	if err := o.admin.AddPolicy(t.Context(), issuer.Policy{Device: "*", Approved: *p}); err == nil {
 		t.Error("a policy by another key was taken")

@@ -172,13 +172,17 @@ func (i *Issuer) challenge(ctx context.Context, d *Device, a *Agent) (*attest.Ch
 	c := &attest.Challenge{
 		Session: random(attest.SessionSize), Nonce: random(attest.NonceSize), Expires: i.now().Add(sessionTTL).UTC().Truncate(time.Second),
 		PCRs: attest.Union(policies), Policies: policies, PolicyKey: i.policyKey, PolicyRef: i.policyRef,
-		Keys: []attest.KeyRequest{{Purpose: attest.PurposeAction, Template: attest.KeyTemplate(i.auth)}},
 	}
-	if a.HSM {
-		c.Keys[0] = attest.KeyRequest{Purpose: attest.PurposeAction, Protection: attest.ProtectionHSM}
+	switch {
+	case a.HSM:
+		c.Keys = []attest.KeyRequest{{Purpose: attest.PurposeAction, Protection: attest.ProtectionHSM}}
+	case a.Approver:
+		c.Keys = []attest.KeyRequest{{Purpose: attest.PurposeAction, Mode: attest.ModeApprover, Template: attest.KeyTemplate(i.auth[attest.ModeApprover])}}
+	default:
+		c.Keys = []attest.KeyRequest{{Purpose: attest.PurposeAction, Template: attest.KeyTemplate(i.auth[attest.ModeLocal])}}
 	}
-	if a.TLS {
-		c.Keys = append(c.Keys, attest.KeyRequest{Purpose: attest.PurposeTLS, Template: attest.KeyTemplate(i.auth)})
+	if a.TLS || a.Approver { // approvers are reached with it
+		c.Keys = append(c.Keys, attest.KeyRequest{Purpose: attest.PurposeTLS, Template: attest.KeyTemplate(i.auth[attest.ModeLocal])})
 	}
 	return c, nil
 }
@@ -196,7 +200,7 @@ func (i *Issuer) finish(ctx context.Context, ev *attest.Evidence, binding []byte
 	}
 	result, err := attest.Appraise(&attest.Expectation{
 		Challenge: x.challenge, Binding: binding, Secret: x.secret, Endorsement: x.endorsement, AK: x.hello.AKPublic, SRK: x.hello.SRKPublic,
-		AuthPolicy: i.auth, Clock: x.device.clock, UnsafeClock: x.device.UnsafeClock, MinFirmware: uint64(x.device.MinFirmware), AppraisalNow: i.now(),
+		AuthPolicy: i.auth[attest.ModeLocal], ApproverAuth: i.auth[attest.ModeApprover], Clock: x.device.clock, UnsafeClock: x.device.UnsafeClock, MinFirmware: uint64(x.device.MinFirmware), AppraisalNow: i.now(),
 	}, ev)
 	if err != nil {
 		return nil, err
@@ -244,8 +248,11 @@ func (i *Issuer) grant(ctx context.Context, a *Agent, x *session, r *attest.Resu
 			o.scope = []byte(a.Scope)
 			o.attestation = &certext.Attestation{
 				Policy: r.Policy(), EvidenceSHA256: fmt.Sprintf("%x", r.EvidenceDigest()), Time: r.Time().UTC().Truncate(time.Second),
-				Protection: certext.ProtectionTPM, Mode: "local", KeyName: hex.EncodeToString(k.Name), AuthPolicy: hex.EncodeToString(k.AuthPolicy),
+				Protection: certext.ProtectionTPM, Mode: attest.ModeLocal, KeyName: hex.EncodeToString(k.Name), AuthPolicy: hex.EncodeToString(k.AuthPolicy),
 				EK: r.Endorsement(), Device: x.device.ID,
+			}
+			if k.Mode == attest.ModeApprover {
+				o.attestation.Mode = attest.ModeApprover
 			}
 			if k.Protection == attest.ProtectionHSM {
 				// Nothing but the host says so: its TPM vouches for the host alone.

@@ -41,6 +41,7 @@ CREATE TABLE agent(
 	scope   BLOB NOT NULL,               -- canonical JSON
 	tls     INTEGER NOT NULL,
 	hsm     INTEGER NOT NULL,            -- the action key is in an HSM
+	approver INTEGER NOT NULL,           -- the action key is in approver mode
 	status  TEXT NOT NULL CHECK (status IN ('active', 'suspended', 'retired')),
 	created INTEGER NOT NULL
 ) STRICT;
@@ -103,12 +104,13 @@ type Device struct {
 
 // Agent is an agent in the inventory.
 type Agent struct {
-	Name   string `json:"name"`
-	Device string `json:"device"`
-	Scope  string `json:"scope"`           // JSON; canonical in output
-	TLS    bool   `json:"tls,omitzero"`    // wants a TLS certificate too
-	HSM    bool   `json:"hsm,omitzero"`    // its action key is in an HSM of the host, not in the TPM
-	Status string `json:"status,omitzero"` // active, suspended, retired
+	Name     string `json:"name"`
+	Device   string `json:"device"`
+	Scope    string `json:"scope"`             // JSON; canonical in output
+	TLS      bool   `json:"tls,omitzero"`      // wants a TLS certificate too
+	HSM      bool   `json:"hsm,omitzero"`      // its action key is in an HSM of the host, not in the TPM
+	Approver bool   `json:"approver,omitzero"` // its action key is in approver mode, and it has a TLS certificate
+	Status   string `json:"status,omitzero"`   // active, suspended, retired
 }
 
 // Statuses of agents.
@@ -336,11 +338,14 @@ func (s *store) addAgent(ctx context.Context, a Agent, now time.Time) error {
 	if err != nil {
 		return fmt.Errorf("agent %.80s: %w: %w", a.Name, ErrInvalid, err)
 	}
+	if a.HSM && a.Approver {
+		return fmt.Errorf("agent %.80s: %w: a key in an HSM cannot be in approver mode: only a TPM demands authorizations", a.Name, ErrInvalid)
+	}
 	if !validID(a.Name) {
 		return fmt.Errorf("agent name %.80q: %w: %s", a.Name, ErrInvalid, idRule)
 	}
 	return s.inTx(ctx, func(tx *sql.Tx) error {
-		_, err := tx.ExecContext(ctx, "INSERT INTO agent(name, device, scope, tls, hsm, status, created) VALUES(?, ?, ?, ?, ?, ?, ?)", a.Name, a.Device, sc.Canonical(), a.TLS, a.HSM, Active, now.Unix())
+		_, err := tx.ExecContext(ctx, "INSERT INTO agent(name, device, scope, tls, hsm, approver, status, created) VALUES(?, ?, ?, ?, ?, ?, ?, ?)", a.Name, a.Device, sc.Canonical(), a.TLS, a.HSM, a.Approver, Active, now.Unix())
 		if err := constraint(err, "agent "+a.Name); err != nil {
 			return err
 		}
@@ -351,13 +356,13 @@ func (s *store) addAgent(ctx context.Context, a Agent, now time.Time) error {
 func scanAgent(row interface{ Scan(...any) error }) (*Agent, error) {
 	var a Agent
 	var sc []byte
-	err := row.Scan(&a.Name, &a.Device, &sc, &a.TLS, &a.HSM, &a.Status)
+	err := row.Scan(&a.Name, &a.Device, &sc, &a.TLS, &a.HSM, &a.Approver, &a.Status)
 	a.Scope = string(sc)
 	return &a, err
 }
 
 func (s *store) agent(ctx context.Context, name string) (*Agent, error) {
-	a, err := scanAgent(s.db.QueryRowContext(ctx, "SELECT name, device, scope, tls, hsm, status FROM agent WHERE name = ?", name))
+	a, err := scanAgent(s.db.QueryRowContext(ctx, "SELECT name, device, scope, tls, hsm, approver, status FROM agent WHERE name = ?", name))
 	if errors.Is(err, sql.ErrNoRows) {
 		return nil, fmt.Errorf("agent %.80q: %w", name, ErrNotFound)
 	}
@@ -365,7 +370,7 @@ func (s *store) agent(ctx context.Context, name string) (*Agent, error) {
 }
 
 func (s *store) agents(ctx context.Context) ([]*Agent, error) {
-	return list(ctx, s.db, func(r *sql.Rows) (*Agent, error) { return scanAgent(r) }, "SELECT name, device, scope, tls, hsm, status FROM agent ORDER BY name")
+	return list(ctx, s.db, func(r *sql.Rows) (*Agent, error) { return scanAgent(r) }, "SELECT name, device, scope, tls, hsm, approver, status FROM agent ORDER BY name")
 }
 
 // setStatus suspends, resumes or retires an agent. Whatever is not active has

@@ -29,6 +29,10 @@ type Options struct {
 // three places, and loading a key takes a second one for its parent.
 const maxLoaded = 2
 
+// maxResident is how many stay loaded when public keys of approvers are among
+// them; where a place is needed for a primary key, one is unloaded.
+const maxResident = 3
+
 // idle is after what time a socket is left to others: swtpm serves one client
 // at a time and has no resource manager.
 const idle = 100 * time.Millisecond
@@ -40,11 +44,16 @@ type Device struct {
 	mu       sync.Mutex // owns whole command sequences, and all below
 	link     *link
 	epoch    int                  // of the link when the following were loaded
-	loaded   []*Key               // with handles in the TPM, the longest unused first
+	loaded   []*resident          // with handles in the TPM, the longest unused first
 	session  *policySession       // for keys with a policy
 	prepared map[string]*prepared // approved policies that were used
 	timer    *time.Timer
 	closed   bool
+
+	approvals chan struct{}        // one for each signature in approver mode that is under way
+	free      []*parked            // sessions for those
+	waiting   int                  // sessions that wait for an approver
+	externals map[string]*resident // approvers' keys by public area
 }
 
 // Open opens the TPM at address: a device such as /dev/tpmrm0, or the path of a
@@ -57,7 +66,11 @@ func OpenWith(address string, o Options) (*Device, error) {
 	if err != nil {
 		return nil, err
 	}
-	d := &Device{options: o, link: l, prepared: make(map[string]*prepared)}
+	n := approvedOnDevice
+	if l.socket {
+		n = approvedOnSocket
+	}
+	d := &Device{options: o, link: l, prepared: make(map[string]*prepared), approvals: make(chan struct{}, n), externals: make(map[string]*resident)}
 	err = d.do("opening the TPM", func() error {
 		_, err := tpm2.GetCapability{Capability: tpm2.TPMCapTPMProperties, Property: uint32(tpm2.TPMPTFamilyIndicator), PropertyCount: 1}.Execute(d.link)
 		return err
@@ -110,7 +123,8 @@ func (d *Device) do(what string, sequence func() error) error {
 // known errors leave everything as it was.
 func known(err error) bool {
 	var p *PCRError
-	return errors.As(err, &p) || errors.Is(err, ErrNoPolicy)
+	var a answered
+	return errors.As(err, &p) || errors.As(err, &a) || errors.Is(err, ErrNoPolicy) || errors.Is(err, errStale)
 }
 
 func (d *Device) once(sequence func() error) error {
@@ -146,7 +160,7 @@ func (d *Device) forget() {
 	for _, k := range d.loaded {
 		k.handle = nil
 	}
-	d.loaded, d.session = nil, nil
+	d.loaded, d.session, d.free = nil, nil, nil
 	d.epoch = -1
 }
 
@@ -157,6 +171,9 @@ func (d *Device) release() {
 	}
 	if d.session != nil {
 		d.flush(d.session.Handle())
+	}
+	for _, p := range d.free {
+		d.flush(p.session.Handle())
 	}
 	d.forget()
 	d.link.close()
@@ -171,6 +188,10 @@ func (d *Device) idleLater() {
 		d.timer = time.AfterFunc(idle, func() {
 			d.mu.Lock()
 			defer d.mu.Unlock()
+			if d.waiting > 0 {
+				d.timer.Reset(idle) // a session waits for an approver
+				return
+			}
 			d.release()
 		})
 		return
@@ -227,6 +248,9 @@ func (d *Device) flushAll() error {
 func (d *Device) primary(hierarchy tpm2.TPMHandle, auth []byte, template []byte, use func(h tpm2.NamedHandle, public []byte) error) error {
 	public, err := tpm2.Unmarshal[tpm2.TPMTPublic](template)
 	if err != nil {
+		return err
+	}
+	if err := d.makeRoom(maxLoaded); err != nil {
 		return err
 	}
 	rsp, err := tpm2.CreatePrimary{

@@ -28,14 +28,29 @@ type Policies struct {
 
 // Key is a P-256 signing key in the TPM: a crypto.Signer, safe for concurrent use.
 type Key struct {
-	device   *Device
-	file     *keyfile.TPMKey
-	area     []byte // TPMT_PUBLIC
-	public   *ecdsa.PublicKey
-	policies atomic.Pointer[Policies]
+	device *Device
+	file   *keyfile.TPMKey
+	area   []byte // TPMT_PUBLIC
+	name   []byte // of the object
+	public *ecdsa.PublicKey
+	use    atomic.Pointer[use]
 
-	handle *tpm2.NamedHandle // owned by device.mu; nil: not loaded
-	last   string            // name of the policy that was right last time
+	resident        // owned by device.mu
+	last     string // name of the policy that was right last time
+}
+
+// resident is something that may be loaded in the TPM.
+type resident struct {
+	handle   *tpm2.NamedHandle // nil: it is not
+	external bool              // a public key alone, which is loaded with one command
+}
+
+// use is what a key works under, and what is derived from that once.
+type use struct {
+	policies   *Policies               // nil: the key has no authPolicy
+	approver   bool                    // the key is in approver mode
+	local      []attest.ApprovedPolicy // those for keys in local mode
+	candidates []candidate             // those for keys in approver mode
 }
 
 // CreateKey makes a key from a TPMT_PUBLIC below the storage root key and
@@ -106,12 +121,36 @@ func (d *Device) LoadKey(file []byte, policies *Policies) (*Key, error) {
 	if f.Parent != tpm2.TPMRHOwner {
 		return nil, fmt.Errorf("key file: its parent is %#x, the owner hierarchy (%#x) is expected", uint32(f.Parent), uint32(tpm2.TPMRHOwner))
 	}
+	if k.name, err = attest.KeyName(k.area); err != nil {
+		return nil, fmt.Errorf("key file: %w", err)
+	}
 	k.SetPolicies(policies)
 	return k, d.do("loading the key", func() error { return k.load() })
 }
 
 // SetPolicies changes what the key may be used under, from the next signature on.
-func (k *Key) SetPolicies(p *Policies) { k.policies.Store(p) }
+func (k *Key) SetPolicies(p *Policies) {
+	u := &use{policies: p}
+	if p != nil {
+		u.local = attest.OfMode(p.Approved, attest.ModeLocal)
+		for _, a := range attest.OfMode(p.Approved, attest.ModeApprover) {
+			if ids, err := a.ApproverIDs(); err == nil { // a malformed one serves nobody
+				u.candidates = append(u.candidates, candidate{&a, ids})
+			}
+		}
+		auth, err := attest.KeyPolicy(attest.ModeApprover, p.PolicyKey, p.Ref)
+		u.approver = err == nil && attest.HasTemplate(k.area, attest.KeyTemplate(auth))
+	}
+	k.use.Store(u)
+}
+
+// Mode is the key's mode, attest.ModeLocal or attest.ModeApprover; it was fixed at its creation.
+func (k *Key) Mode() string {
+	if k.use.Load().approver {
+		return attest.ModeApprover
+	}
+	return attest.ModeLocal
+}
 
 // Public returns the *ecdsa.PublicKey.
 func (k *Key) Public() crypto.PublicKey { return k.public }
@@ -123,8 +162,7 @@ func (k *Key) PublicArea() []byte { return k.area }
 // unused for longest.
 func (k *Key) load() error {
 	d := k.device
-	if i := slices.Index(d.loaded, k); i >= 0 {
-		d.loaded = append(slices.Delete(d.loaded, i, i+1), k)
+	if d.touch(&k.resident) {
 		return nil
 	}
 	if err := d.makeRoom(maxLoaded - 1); err != nil {
@@ -136,18 +174,29 @@ func (k *Key) load() error {
 			return err
 		}
 		k.handle = &tpm2.NamedHandle{Handle: rsp.ObjectHandle, Name: rsp.Name}
-		d.loaded = append(d.loaded, k)
+		d.loaded = append(d.loaded, &k.resident)
 		return nil
 	})
 }
 
-// makeRoom unloads keys until at most n are loaded.
+// touch says whether something is loaded, and then that it was used just now.
+func (d *Device) touch(r *resident) bool {
+	i := slices.Index(d.loaded, r)
+	if i >= 0 {
+		d.loaded = append(slices.Delete(d.loaded, i, i+1), r)
+	}
+	return i >= 0
+}
+
+// makeRoom unloads until at most n are loaded: public keys first, since they
+// are soon loaded again, then what was unused for longest.
 func (d *Device) makeRoom(n int) error {
 	for len(d.loaded) > n {
-		k := d.loaded[0]
-		d.loaded = slices.Delete(d.loaded, 0, 1)
-		h := k.handle.Handle
-		k.handle = nil
+		i := max(slices.IndexFunc(d.loaded, func(r *resident) bool { return r.external }), 0)
+		r := d.loaded[i]
+		d.loaded = slices.Delete(d.loaded, i, i+1)
+		h := r.handle.Handle
+		r.handle = nil
 		if _, err := (tpm2.FlushContext{FlushHandle: h}).Execute(d.link); err != nil {
 			return err
 		}
@@ -156,7 +205,8 @@ func (d *Device) makeRoom(n int) error {
 }
 
 // Sign signs a SHA-256 digest and returns the signature in ASN.1 DER. It
-// fails with a *PCRError when the host is not in an approved state.
+// fails with a *PCRError when the host is not in an approved state. For a key
+// in approver mode opts must be an [Authorizer].
 func (k *Key) Sign(_ io.Reader, digest []byte, opts crypto.SignerOpts) ([]byte, error) {
 	if opts == nil || opts.HashFunc() != crypto.SHA256 {
 		return nil, errors.New("signing: the key signs SHA-256 digests only")
@@ -165,10 +215,19 @@ func (k *Key) Sign(_ io.Reader, digest []byte, opts crypto.SignerOpts) ([]byte, 
 		return nil, fmt.Errorf("signing: %w: %d bytes, %d are expected", ErrDigestSize, len(digest), crypto.SHA256.Size())
 	}
 	var sig *tpm2.TPMSSignatureECC
-	err := k.device.do("signing", func() (err error) {
-		sig, err = k.sign(digest)
-		return err
-	})
+	var err error
+	if k.use.Load().approver {
+		a, ok := opts.(Authorizer)
+		if !ok {
+			return nil, fmt.Errorf("signing: the key is in approver mode: %w", ErrNotAuthorized)
+		}
+		sig, err = k.signApproved(digest, a)
+	} else {
+		err = k.device.do("signing", func() (err error) {
+			sig, err = k.sign(digest)
+			return err
+		})
+	}
 	if err != nil {
 		return nil, err
 	}
@@ -182,13 +241,18 @@ func (k *Key) sign(digest []byte) (*tpm2.TPMSSignatureECC, error) {
 		return nil, err
 	}
 	auth := tpm2.PasswordAuth(nil)
-	if p := k.policies.Load(); p != nil {
-		s, err := k.satisfy(p)
+	if u := k.use.Load(); u.policies != nil {
+		s, err := k.satisfy(u)
 		if err != nil {
 			return nil, err
 		}
 		auth = s
 	}
+	return k.command(digest, auth)
+}
+
+// command is TPM2_Sign, the one that attest.SignCommandHash is the hash of.
+func (k *Key) command(digest []byte, auth tpm2.Session) (*tpm2.TPMSSignatureECC, error) {
 	rsp, err := tpm2.Sign{
 		KeyHandle:  tpm2.AuthHandle{Handle: k.handle.Handle, Name: k.handle.Name, Auth: auth},
 		Digest:     tpm2.TPM2BDigest{Buffer: digest},

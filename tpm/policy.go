@@ -46,20 +46,20 @@ func (d *Device) dropSession() {
 // satisfy brings the session into the state that the key's authPolicy demands:
 // PolicyPCR with an approved policy's values, then PolicyAuthorize. The policy
 // that was right last time is tried first, so PCRs are read only after a change.
-func (k *Key) satisfy(p *Policies) (tpm2.Session, error) {
-	d := k.device
-	if len(p.Approved) == 0 {
+func (k *Key) satisfy(u *use) (tpm2.Session, error) {
+	d, p := k.device, u.policies
+	if len(u.local) == 0 {
 		return nil, fmt.Errorf("%w: enrol the host, or ask the operator of the issuer to approve its state", ErrNoPolicy)
 	}
-	approved := find(p.Approved, k.last)
+	approved := find(u.local, k.last)
 	for read := approved == nil; ; read = true {
 		if read {
-			current, err := d.readPCRs(attest.Union(p.Approved))
+			current, err := d.readPCRs(attest.Union(u.local))
 			if err != nil {
 				return nil, err
 			}
-			if approved = matching(p.Approved, current); approved == nil {
-				return nil, &PCRError{Current: current, Policies: p.Approved}
+			if approved = matching(u.local, current); approved == nil {
+				return nil, &PCRError{Current: current, Policies: u.local}
 			}
 		}
 		s, err := d.authorize(p, approved)
@@ -134,7 +134,7 @@ func (d *Device) prepare(p *Policies, approved *attest.ApprovedPolicy) (*prepare
 	if x := d.prepared[cache]; x != nil {
 		return x, nil
 	}
-	digest, err := attest.PCRPolicy(approved.PCRs)
+	digest, err := attest.PolicyDigest(approved, p.Ref)
 	if err != nil {
 		return nil, err
 	}
@@ -209,13 +209,20 @@ func (d *Device) verified(p *Policies, approved *attest.ApprovedPolicy, digest [
 	if err != nil {
 		return nil, err
 	}
+	if err := d.makeRoom(maxLoaded); err != nil {
+		return nil, err
+	}
 	// In the owner hierarchy, since PolicyAuthorize refuses a ticket of the null hierarchy.
 	key, err := tpm2.LoadExternal{InPublic: tpm2.New2B(*public), Hierarchy: tpm2.TPMRHOwner}.Execute(d.link)
 	if err != nil {
 		return nil, err
 	}
 	defer d.flush(key.ObjectHandle)
-	approval := attest.Approval(digest, p.Ref)
+	ref := p.Ref
+	if approved.Mode() == attest.ModeApprover {
+		ref = attest.ApproverPolicyRef(p.Ref)
+	}
+	approval := attest.Approval(digest, ref)
 	rsp, err := tpm2.VerifySignature{
 		KeyHandle: tpm2.NamedHandle{Handle: key.ObjectHandle, Name: key.Name},
 		Digest:    tpm2.TPM2BDigest{Buffer: approval[:]},

@@ -399,7 +399,7 @@ func policyApprove(e *env, c *cli.Context) error {
 			return err
 		}
 		defer closer.Close()
-		p, err := attest.SignPolicy(key, name, values, issuer.PolicyRef(config.TrustDomain))
+		p, err := attest.SignPolicy(key, name, values, attest.PolicyRef(config.TrustDomain))
 		if err != nil {
 			return err
 		}

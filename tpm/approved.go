@@ -1,0 +1,317 @@
+package tpm
+
+import (
+	"bytes"
+	"crypto"
+	"errors"
+	"fmt"
+	"time"
+
+	"github.com/google/go-tpm/tpm2"
+
+	"inkan/attest"
+)
+
+// ErrNotAuthorized: a key in approver mode was to sign without the authorizations that the TPM demands.
+var ErrNotAuthorized = errors.New("the approvers' authorizations that the TPM demands are not there")
+
+// Authorizer is what [Key.Sign] needs as options for a key in approver mode.
+//
+// Authorize is called without a lock held, so an approver that is slow delays
+// its own signature alone. It gets approvers' authorizations for the digest that is to be signed, in
+// the session with this nonce, and hands each to accept, one at a time. accept
+// returns an error for one that is not what it says, which changes nothing, and true when there are enough. An error of
+// Authorize ends Sign and is returned as it is.
+type Authorizer interface {
+	crypto.SignerOpts
+	Authorize(nonceTPM []byte, accept func(approver string, expiration int32, signature []byte) (enough bool, err error)) error
+}
+
+// Sessions of keys in approver mode. Each waits for an approver with its nonce,
+// so each carries one signature at a time. Without a resource manager a TPM
+// has room for three sessions: two here, and one for all else.
+const (
+	approvedOnSocket = 2
+	approvedOnDevice = 8
+)
+
+// sessionLife is how long a session is used again. Authorizations expire
+// AuthorizationSeconds after the start of the session, however often it was used.
+const sessionLife = attest.AuthorizationSeconds * time.Second / 2
+
+// slack is what must be left of an authorization's life when it goes to the TPM.
+const slack = 2 * time.Second
+
+// parked is a policy session that waits for authorizations with its nonce, or
+// for its next use.
+type parked struct {
+	session tpm2.Session
+	epoch   int // of the device, when it was begun
+	begun   time.Time
+	spoiled bool // its policy was begun and not used
+}
+
+// errStale: the session or its time is gone. A second attempt asks again.
+var errStale = errors.New("the TPM's session ended before the authorization arrived")
+
+// answered marks an answer of the TPM that puts nothing in doubt but the session.
+type answered struct{ error }
+
+func (a answered) Unwrap() error { return a.error }
+
+// borrow lends a session, begun afresh if there is none that is young enough.
+func (d *Device) borrow() (p *parked, err error) {
+	d.approvals <- struct{}{}
+	err = d.do("beginning a session", func() error {
+		for len(d.free) > 0 {
+			p = d.free[len(d.free)-1]
+			d.free = d.free[:len(d.free)-1]
+			if time.Since(p.begun) < sessionLife {
+				d.waiting++
+				return nil
+			}
+			d.flush(p.session.Handle())
+		}
+		begun := time.Now()
+		s, _, err := tpm2.PolicySession(d.link, tpm2.TPMAlgSHA256, attest.NonceTPMSize)
+		if err != nil {
+			return err
+		}
+		p = &parked{session: s, epoch: d.epoch, begun: begun}
+		d.waiting++
+		return nil
+	})
+	if err != nil {
+		<-d.approvals
+	}
+	return p, err
+}
+
+// giveBack takes a session back. One whose policy was begun is flushed.
+func (d *Device) giveBack(p *parked) {
+	d.mu.Lock()
+	d.waiting--
+	if p.epoch == d.epoch && !d.closed {
+		if p.spoiled {
+			d.flush(p.session.Handle())
+		} else {
+			d.free = append(d.free, p)
+		}
+	}
+	d.idleLater()
+	d.mu.Unlock()
+	<-d.approvals
+}
+
+// candidate is an approved policy for keys in approver mode.
+type candidate struct {
+	policy *attest.ApprovedPolicy
+	ids    []string // of its approvers
+}
+
+// signApproved signs in approver mode. If the TPM lost the session meanwhile,
+// or the authorization came too late for it, it asks once more.
+func (k *Key) signApproved(digest []byte, a Authorizer) (*tpm2.TPMSSignatureECC, error) {
+	sig, err := k.tryApproved(digest, a)
+	if errors.Is(err, errStale) {
+		sig, err = k.tryApproved(digest, a)
+	}
+	return sig, err
+}
+
+func (k *Key) tryApproved(digest []byte, a Authorizer) (*tpm2.TPMSSignatureECC, error) {
+	u := k.use.Load()
+	if len(u.candidates) == 0 {
+		return nil, fmt.Errorf("signing: %w for keys in approver mode: ask the operator of the issuer for one that names the approvers", ErrNoPolicy)
+	}
+	p, err := k.device.borrow()
+	if err != nil {
+		return nil, err
+	}
+	defer k.device.giveBack(p)
+	nonce := p.session.NonceTPM().Buffer
+	cpHash := attest.SignCommandHash(k.name, [32]byte(digest))
+	got := make(map[string]*attest.Authorization)
+	err = a.Authorize(bytes.Clone(nonce), func(approver string, expiration int32, signature []byte) (bool, error) {
+		area := u.area(approver)
+		if area == nil {
+			return false, fmt.Errorf("approver %.80q is not one that the policy key approved", approver)
+		}
+		x := &attest.Authorization{Approver: approver, Expiration: expiration, Signature: signature}
+		if err := attest.VerifyAuthorization(area, x, nonce, cpHash, u.policies.Ref); err != nil {
+			return false, fmt.Errorf("authorization of approver %s: %w", approver, err)
+		}
+		got[approver] = x
+		return len(u.satisfied(got)) > 0, nil
+	})
+	if err != nil {
+		return nil, err
+	}
+	satisfied := u.satisfied(got)
+	if len(satisfied) == 0 {
+		return nil, fmt.Errorf("signing: %w", ErrNotAuthorized)
+	}
+	var sig *tpm2.TPMSSignatureECC
+	err = k.device.do("signing", func() (err error) {
+		if p.epoch != k.device.epoch || time.Since(p.begun) > attest.AuthorizationSeconds*time.Second-slack {
+			p.spoiled = true
+			return errStale
+		}
+		sig, err = k.signIn(p, u, satisfied, got, cpHash, digest)
+		return err
+	})
+	return sig, err
+}
+
+func (u *use) area(id string) []byte {
+	for _, c := range u.candidates {
+		for i, x := range c.ids {
+			if x == id {
+				return c.policy.Approvers[i]
+			}
+		}
+	}
+	return nil
+}
+
+// satisfied returns the policies all of whose approvers authorized.
+func (u *use) satisfied(got map[string]*attest.Authorization) []candidate {
+	var out []candidate
+next:
+	for _, c := range u.candidates {
+		for _, id := range c.ids {
+			if got[id] == nil {
+				continue next
+			}
+		}
+		out = append(out, c)
+	}
+	return out
+}
+
+// signIn satisfies the policy in the session and signs: with everything loaded,
+// that is a command for the PCRs, one for each approver, one for the policy key and the signature.
+func (k *Key) signIn(p *parked, u *use, satisfied []candidate, got map[string]*attest.Authorization, cpHash [32]byte, digest []byte) (*tpm2.TPMSSignatureECC, error) {
+	d := k.device
+	x, c, err := k.approvedState(p, u, satisfied)
+	if err != nil {
+		return nil, err
+	}
+	p.spoiled = true // until the TPM has used it
+	session := p.session.Handle()
+	for i, id := range c.ids {
+		signature, err := tpm2.Unmarshal[tpm2.TPMTSignature](got[id].Signature)
+		if err != nil {
+			return nil, answered{err}
+		}
+		approver, err := d.external(c.policy.Approvers[i])
+		if err != nil {
+			return nil, err
+		}
+		if _, err := (tpm2.PolicySigned{
+			AuthObject: *approver, PolicySession: session,
+			NonceTPM: p.session.NonceTPM(), CPHashA: tpm2.TPM2BDigest{Buffer: cpHash[:]},
+			PolicyRef: tpm2.TPM2BNonce{Buffer: attest.AuthorizationRef(u.policies.Ref)}, Expiration: got[id].Expiration, Auth: *signature,
+		}).Execute(d.link); err != nil {
+			return nil, answer(err)
+		}
+	}
+	if _, err := (tpm2.PolicyAuthorize{
+		PolicySession: session, ApprovedPolicy: tpm2.TPM2BDigest{Buffer: x.digest}, PolicyRef: tpm2.TPM2BDigest{Buffer: attest.ApproverPolicyRef(u.policies.Ref)},
+		KeySign: x.authority.name, CheckTicket: x.authority.ticket,
+	}).Execute(d.link); err != nil {
+		return nil, answer(err)
+	}
+	if err := k.load(); err != nil {
+		return nil, err
+	}
+	sig, err := k.command(digest, p.session)
+	if err != nil {
+		return nil, answer(err)
+	}
+	p.spoiled = false
+	return sig, nil
+}
+
+// answer marks what the TPM answered, unless something that was thought to be
+// loaded is gone: then all is begun anew.
+func answer(err error) error {
+	var rc tpm2.TPMRC
+	if errors.As(err, &rc) && !gone(err) {
+		return answered{err}
+	}
+	return err
+}
+
+// approvedState applies PolicyPCR for the policy that was right last time, or
+// for the one that the PCRs have the values of.
+func (k *Key) approvedState(p *parked, u *use, satisfied []candidate) (*prepared, candidate, error) {
+	d := k.device
+	pcr := func(c candidate) (*prepared, error) {
+		x, err := d.prepare(u.policies, c.policy)
+		if err != nil {
+			return nil, err
+		}
+		_, err = tpm2.PolicyPCR{PolicySession: p.session.Handle(), PcrDigest: tpm2.TPM2BDigest{Buffer: x.pcrDigest}, Pcrs: x.selection}.Execute(d.link)
+		return x, err
+	}
+	for _, c := range satisfied {
+		if c.policy.Name != k.last {
+			continue
+		}
+		x, err := pcr(c)
+		if err == nil {
+			return x, c, nil
+		}
+		if !errors.Is(err, tpm2.TPMRCValue) {
+			return nil, c, err
+		}
+	}
+	var policies []attest.ApprovedPolicy
+	for _, c := range satisfied {
+		policies = append(policies, *c.policy)
+	}
+	current, err := d.readPCRs(attest.Union(policies))
+	if err != nil {
+		return nil, candidate{}, err
+	}
+	for _, c := range satisfied {
+		if attest.Matches(*c.policy, current) {
+			x, err := pcr(c)
+			if err == nil {
+				k.last = c.policy.Name
+			}
+			return x, c, err
+		}
+	}
+	return nil, candidate{}, &PCRError{Current: current, Policies: policies}
+}
+
+// external loads the public part of an approver's key, or finds it loaded.
+func (d *Device) external(area []byte) (*tpm2.NamedHandle, error) {
+	r := d.externals[string(area)]
+	if r == nil {
+		if len(d.externals) > 64 {
+			return nil, errors.New("more than 64 approvers' keys were used")
+		}
+		r = &resident{external: true}
+		d.externals[string(area)] = r
+	}
+	if d.touch(r) {
+		return r.handle, nil
+	}
+	if err := d.makeRoom(maxResident - 1); err != nil {
+		return nil, err
+	}
+	public, err := tpm2.Unmarshal[tpm2.TPMTPublic](area)
+	if err != nil {
+		return nil, err
+	}
+	rsp, err := tpm2.LoadExternal{InPublic: tpm2.New2B(*public), Hierarchy: tpm2.TPMRHNull}.Execute(d.link)
+	if err != nil {
+		return nil, err
+	}
+	r.handle = &tpm2.NamedHandle{Handle: rsp.ObjectHandle, Name: rsp.Name}
+	d.loaded = append(d.loaded, r)
+	return r.handle, nil
+}
