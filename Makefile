@@ -23,8 +23,8 @@ nocgo: ## build without cgo: everything but PKCS#11
 tools: ## install what tests and demo need and this machine lacks (apt)
 	@scripts/need $(TOOLS)
 
-demo: tools build ## from a bare host to a verified order, then attacks on it; HSM=1 with the key in a token
-	$(BIN)/inkan-sim demo --inkan $(BIN)/inkan $(if $(HSM),--hsm) $(if $(JSON),--json)
+demo: tools build ## from a bare host to a verified order, then attacks on it; HSM=1 with the key in a token, APPROVER=1 with an approver that the TPM demands
+	$(BIN)/inkan-sim demo --inkan $(BIN)/inkan $(if $(HSM),--hsm) $(if $(APPROVER),--approver) $(if $(JSON),--json)
 
 test: tools build nocgo ## all tests, on real parts
 	$(GO) vet ./...

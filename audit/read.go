@@ -50,6 +50,25 @@ func (l *Log) Lookup(ctx context.Context, id string) (*Entry, error) {
 	return &e, nil
 }
 
+// Statements returns the exact bytes of the entries with the numbers from and
+// to and those between them, in order.
+func (l *Log) Statements(ctx context.Context, from, to uint64) ([][]byte, error) {
+	rows, err := l.db.QueryContext(ctx, "SELECT statement FROM leaf WHERE counter BETWEEN ? AND ? ORDER BY counter", int64(from), int64(to))
+	if err != nil {
+		return nil, fmt.Errorf("reading the record: %w", err)
+	}
+	defer rows.Close()
+	var out [][]byte
+	for rows.Next() {
+		var b []byte
+		if err := rows.Scan(&b); err != nil {
+			return nil, fmt.Errorf("reading the record: %w", err)
+		}
+		out = append(out, b)
+	}
+	return out, rows.Err()
+}
+
 // Snapshot reads a log file as it was at one moment, while a signer may be
 // writing it. Close it.
 type Snapshot struct {

@@ -483,7 +483,7 @@ func TestG6(t *testing.T) {
 }
 
 // TestG10: one function makes certificates for others, and the CA's own is
-// made beside it.
+// made beside it. An approver signs that of its TLS server with that server's own key.
 func TestG10(t *testing.T) {
 	out, err := exec.Command("grep", "-rn", "--include=*.go", "--exclude=*_test.go", "x509.CreateCertificate(", "..").Output()
 	if err != nil {
@@ -494,7 +494,7 @@ func TestG10(t *testing.T) {
 		file, _, _ := strings.Cut(line, ":")
 		places = append(places, file)
 	}
-	want := []string{"../issuer/issue.go", "../issuer/issuer.go", "../internal/testca/testca.go", "../internal/testca/testca.go"}
+	want := []string{"../cmd/inkan/approver.go", "../issuer/issue.go", "../issuer/issuer.go", "../internal/testca/testca.go", "../internal/testca/testca.go"}
 	for _, p := range places {
 		found := false
 		for _, w := range want {

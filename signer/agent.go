@@ -12,6 +12,7 @@ import (
 	"sync/atomic"
 	"time"
 
+	"inkan/approver/client"
 	"inkan/audit"
 	"inkan/internal/certext"
 	"inkan/internal/jws"
@@ -23,25 +24,28 @@ const (
 	RuleCaller        scope.Rule = "caller"         // the process is not one that may act as an agent
 	RuleNoCertificate scope.Rule = "no_certificate" // the agent has none yet
 	RuleDevice        scope.Rule = "device"         // the device does not sign, for instance since the host is not in an approved state
+	RuleApprover      scope.Rule = "approver"       // an approver refuses
+	RuleNoApprover    scope.Rule = "no_approver"    // no approver gave an authorization in time
 	RuleUnsigned      scope.Rule = "unsigned"       // recorded before, under another certificate, and never signed
 )
 
 // Agent is one agent that the signer serves: its key, certificate and record.
 // It is safe for concurrent use.
 type Agent struct {
-	name     string
-	key      crypto.Signer // used by sign and by Checkpoint alone
-	log      *audit.Log
-	lifetime time.Duration
-	prices   *priceFile
-	busy     chan struct{}
-	current  atomic.Pointer[credential]
-	sealing  sync.Mutex    // one checkpoint at a time
-	every    time.Duration // between checkpoints
-	now      func() time.Time
-	metrics  *agentMetrics
-	device   func() DeviceStatus // nil: not known
-	logger   *slog.Logger
+	name      string
+	key       crypto.Signer // used by sign and by Checkpoint alone
+	approvers *client.Group // for a key in approver mode
+	log       *audit.Log
+	lifetime  time.Duration
+	prices    *priceFile
+	busy      chan struct{}
+	current   atomic.Pointer[credential]
+	sealing   sync.Mutex    // one checkpoint at a time
+	every     time.Duration // between checkpoints
+	now       func() time.Time
+	metrics   *agentMetrics
+	device    func() DeviceStatus // nil: not known
+	logger    *slog.Logger
 }
 
 // credential is a certificate and all that is derived from it once.
@@ -144,7 +148,7 @@ func (a *Agent) Act(ctx context.Context, body []byte) (*Signed, error) {
 	}
 
 	// 5. and 6. Sign the statement, verify, keep, answer.
-	compact, err := a.sign(cred, receipt)
+	compact, err := a.sign(ctx, cred, receipt)
 	if err != nil {
 		return nil, err
 	}
@@ -157,7 +161,7 @@ func (a *Agent) Act(ctx context.Context, body []byte) (*Signed, error) {
 
 // sign is the only use of the key: it signs the statement of an unspent
 // receipt, and releases no signature that does not verify.
-func (a *Agent) sign(cred *credential, receipt *audit.Receipt) (string, error) {
+func (a *Agent) sign(ctx context.Context, cred *credential, receipt *audit.Receipt) (string, error) {
 	statement, err := receipt.Spend()
 	if err != nil {
 		return "", err
@@ -173,9 +177,22 @@ func (a *Agent) sign(cred *credential, receipt *audit.Receipt) (string, error) {
 		}
 	}
 	input := cred.header.SigningInput(statement)
+	var opts crypto.SignerOpts
+	if cred.action.Attestation.Mode == certext.ModeApprover {
+		opts = &authorization{ctx, a, &client.Proposal{Chain: cred.chain, Statement: statement, Counter: receipt.Counter(), Entries: a.log.Statements}}
+	}
 	begun := time.Now()
-	signature, err := jws.Sign(a.key, input)
+	signature, err := jws.SignWith(a.key, input, opts)
 	a.metrics.device.Observe(time.Since(begun).Seconds())
+	if r, ok := errors.AsType[*client.Refused](err); ok {
+		a.logger.Warn("an approver refuses", "agent", a.name, "counter", receipt.Counter(), "error", err)
+		p := r.Problem
+		return "", &scope.Refusal{Rule: RuleApprover, Field: p.Field, Value: p.Value, Limit: p.Limit, Excess: p.Excess, Message: "recorded, but not signed: " + r.Error()}
+	}
+	if errors.Is(err, client.ErrUnreachable) {
+		a.logger.Error("no approver gave an authorization", "agent", a.name, "counter", receipt.Counter(), "error", err)
+		return "", &scope.Refusal{Rule: RuleNoApprover, Message: "recorded, but not signed: " + err.Error()}
+	}
 	if err != nil {
 		a.logger.Error("the device did not sign", "agent", a.name, "error", err)
 		return "", &scope.Refusal{Rule: RuleDevice, Message: "recorded, but the device did not sign: " + err.Error()}
@@ -187,6 +204,29 @@ func (a *Agent) sign(cred *credential, receipt *audit.Receipt) (string, error) {
 		return "", &scope.Refusal{Rule: RuleDevice, Message: "recorded, but the device's signature does not verify"}
 	}
 	return jws.Compact(input, signature), nil
+}
+
+// authorization is what a device in approver mode asks for an authorization of
+// a recorded statement: the options of its Sign.
+type authorization struct {
+	ctx      context.Context
+	agent    *Agent
+	proposal *client.Proposal
+}
+
+// HashFunc implements crypto.SignerOpts.
+func (*authorization) HashFunc() crypto.Hash { return crypto.SHA256 }
+
+// Authorize asks the approvers for the device's session.
+func (x *authorization) Authorize(nonce []byte, accept func(approver string, expiration int32, signature []byte) (bool, error)) error {
+	if x.agent.approvers == nil {
+		return fmt.Errorf("%w: none is configured", client.ErrUnreachable)
+	}
+	p := *x.proposal
+	p.Nonce = nonce
+	begun := time.Now()
+	defer func() { x.agent.metrics.approver.Observe(time.Since(begun).Seconds()) }()
+	return x.agent.approvers.Authorize(x.ctx, &p, accept)
 }
 
 // refuse records a refusal and returns it. If it cannot be recorded, that is

@@ -8,6 +8,7 @@ import (
 	"time"
 
 	"inkan/audit"
+	"inkan/internal/certext"
 	"inkan/internal/jws"
 	"inkan/internal/problem"
 	"inkan/scope"
@@ -36,6 +37,9 @@ func (a *Agent) Checkpoint(ctx context.Context) (*Checkpoint, error) {
 	if a.now().After(leaf.NotAfter) {
 		return nil, &scope.Refusal{Rule: scope.RuleCertificateExpired, Message: "the agent's certificate expired at " + leaf.NotAfter.UTC().Format(time.RFC3339)}
 	}
+	if cred.action.Attestation.Mode == certext.ModeApprover {
+		return nil, &scope.Refusal{Rule: RuleDevice, Message: "a key in approver mode signs actions alone: the approver has a copy of the record"}
+	}
 	seal, err := a.log.Seal(ctx, cred.identity)
 	if err != nil {
 		return nil, err
@@ -63,6 +67,9 @@ func (a *Agent) Checkpoint(ctx context.Context) (*Checkpoint, error) {
 // checkpoint has a record's head signed; that it could not be stands in the
 // log, and the next one is tried in its time.
 func (s *Signer) checkpoint(ctx context.Context, a *Agent) {
+	if cred := a.current.Load(); cred != nil && cred.action.Attestation.Mode == certext.ModeApprover {
+		return
+	}
 	c, err := a.Checkpoint(ctx)
 	if err != nil {
 		if ctx.Err() == nil {

@@ -6,6 +6,7 @@ import (
 	"errors"
 	"fmt"
 	"net/netip"
+	"net/url"
 	"os"
 	"os/user"
 	"path/filepath"
@@ -35,6 +36,12 @@ type Config struct {
 	Operators     []CallerConfig `json:"operators,omitempty"` // processes that may see the status of all agents; root and the signer's own user by default
 	Remote        *RemoteConfig  `json:"remote,omitempty"`    // agents on other hosts; none by default
 
+	Approvers       []ApproverConfig `json:"approvers,omitempty"`        // for keys in approver mode, in the order in which they are asked
+	ApproverHedge   string           `json:"approver_hedge,omitempty"`   // after what time the next one is asked besides; 100ms by default
+	ApproverTimeout string           `json:"approver_timeout,omitempty"` // after what time an action is refused; 2s by default
+
+	hedge, giveUp time.Duration
+
 	mode os.FileMode
 }
 
@@ -42,6 +49,12 @@ type Config struct {
 type IssuerConfig struct {
 	URL string `json:"url"` // https, the agents' API
 	CA  string `json:"ca"`  // PEM file with the CA certificate
+}
+
+// ApproverConfig is an approver that the signer asks.
+type ApproverConfig struct {
+	URL string `json:"url"` // https
+	CA  string `json:"ca"`  // PEM file with what its TLS certificate chains to
 }
 
 // AgentConfig is one agent that the signer serves.
@@ -76,6 +89,10 @@ type CallerConfig struct {
 	networks []netip.Prefix
 }
 
+// ApproverTimes returns after what time the next approver is asked besides, and
+// after what time all are given up.
+func (c *Config) ApproverTimes() (hedge, timeout time.Duration) { return c.hedge, c.giveUp }
+
 // ParseConfig reads a configuration file, strictly. Relative paths are below dir.
 func ParseConfig(b []byte, dir string) (*Config, error) {
 	var c Config
@@ -101,6 +118,27 @@ func (c *Config) validate(dir string) error {
 	}
 	for _, p := range []*string{&c.Socket, &c.StateDir, &c.TPM, &c.Issuer.CA, &c.OwnerAuthFile, &c.EndorsementF} {
 		below(p)
+	}
+	for i := range c.Approvers {
+		a := &c.Approvers[i]
+		if u, err := url.Parse(a.URL); err != nil || u.Scheme != "https" || u.Host == "" || a.CA == "" {
+			return fmt.Errorf("approver %d: an https url, and ca, a file with its certificate's CA, are expected", i+1)
+		}
+		below(&a.CA)
+	}
+	for _, d := range []struct {
+		name, text string
+		to         *time.Duration
+		standard   time.Duration
+	}{{"approver_hedge", c.ApproverHedge, &c.hedge, 100 * time.Millisecond}, {"approver_timeout", c.ApproverTimeout, &c.giveUp, 2 * time.Second}} {
+		if *d.to = d.standard; d.text == "" {
+			continue
+		}
+		v, err := time.ParseDuration(d.text)
+		if err != nil || v < time.Millisecond || v > 20*time.Second {
+			return fmt.Errorf("%s %.16q: 1ms to 20s is expected", d.name, d.text)
+		}
+		*d.to = v
 	}
 	c.mode = 0o666
 	if c.SocketMode != "" {

@@ -13,6 +13,7 @@ type metrics struct {
 	signed   *prometheus.CounterVec
 	refused  *prometheus.CounterVec
 	device   *prometheus.HistogramVec
+	approver *prometheus.HistogramVec
 	action   prometheus.Histogram
 	notAfter *prometheus.GaugeVec
 	callers  prometheus.Counter
@@ -26,6 +27,7 @@ type agentMetrics struct {
 	signed   prometheus.Counter
 	refused  *prometheus.CounterVec
 	device   prometheus.Observer
+	approver prometheus.Observer
 	notAfter prometheus.Gauge
 }
 
@@ -37,18 +39,19 @@ func newMetrics() *metrics {
 		signed:   prometheus.NewCounterVec(prometheus.CounterOpts{Name: "inkan_signer_signed_total", Help: "actions that were signed"}, agent),
 		refused:  prometheus.NewCounterVec(prometheus.CounterOpts{Name: "inkan_signer_refused_total", Help: "actions that were refused, by rule"}, []string{"agent", "rule"}),
 		device:   prometheus.NewHistogramVec(prometheus.HistogramOpts{Name: "inkan_signer_device_seconds", Help: "one signature of the device, waiting for it included", Buckets: buckets}, agent),
+		approver: prometheus.NewHistogramVec(prometheus.HistogramOpts{Name: "inkan_signer_approver_seconds", Help: "one authorization by the approvers, for keys in approver mode", Buckets: buckets}, agent),
 		action:   prometheus.NewHistogram(prometheus.HistogramOpts{Name: "inkan_signer_action_seconds", Help: "one request to sign, whatever its answer", Buckets: buckets}),
 		notAfter: prometheus.NewGaugeVec(prometheus.GaugeOpts{Name: "inkan_signer_certificate_not_after_seconds", Help: "end of the agent's certificate, in seconds since 1970"}, agent),
 		callers:  prometheus.NewCounter(prometheus.CounterOpts{Name: "inkan_signer_unknown_callers_total", Help: "requests of processes that are no agent"}),
 		renewals: prometheus.NewCounterVec(prometheus.CounterOpts{Name: "inkan_signer_renewals_total", Help: "renewals of certificates, by outcome"}, []string{"agent", "outcome"}),
 	}
 	m.checkpointAt = prometheus.NewGaugeVec(prometheus.GaugeOpts{Name: "inkan_signer_checkpoint_seconds", Help: "when the head of the agent's record was last signed, in seconds since 1970"}, agent)
-	m.registry.MustRegister(m.checkpointAt, m.signed, m.refused, m.device, m.action, m.notAfter, m.callers, m.renewals)
+	m.registry.MustRegister(m.checkpointAt, m.signed, m.refused, m.device, m.approver, m.action, m.notAfter, m.callers, m.renewals)
 	return m
 }
 
 func (m *metrics) agent(name string) *agentMetrics {
-	return &agentMetrics{m.signed.WithLabelValues(name), m.refused, m.device.WithLabelValues(name), m.notAfter.WithLabelValues(name)}
+	return &agentMetrics{m.signed.WithLabelValues(name), m.refused, m.device.WithLabelValues(name), m.approver.WithLabelValues(name), m.notAfter.WithLabelValues(name)}
 }
 
 func (m *metrics) handler() http.Handler {

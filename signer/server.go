@@ -344,7 +344,7 @@ func (s *Signer) fail(w http.ResponseWriter, err error) {
 		switch r.Rule {
 		case scope.RuleForm:
 			status = http.StatusBadRequest
-		case RuleNoCertificate, RuleDevice:
+		case RuleNoCertificate, RuleDevice, RuleNoApprover:
 			status = http.StatusServiceUnavailable
 		}
 		if left := time.Until(r.FreeAt); !r.FreeAt.IsZero() && left > 0 {

@@ -23,6 +23,7 @@ import (
 	"sync"
 	"time"
 
+	"inkan/approver/client"
 	"inkan/audit"
 )
 
@@ -31,6 +32,8 @@ type Credentials struct {
 	Key    crypto.Signer
 	Chain  []*x509.Certificate // empty: there is none yet
 	Device func() DeviceStatus // what operators see of the device; nil: nothing
+	// Approvers get the authorizations that a key in approver mode needs; nil: there are none.
+	Approvers *client.Group
 }
 
 // Renewer gets agents certificates. Renew returns a fresh chain for the
@@ -76,7 +79,7 @@ func Open(ctx context.Context, c *Config, credentials map[string]Credentials, re
 		if err := os.MkdirAll(dir, 0o700); err != nil {
 			return nil, err
 		}
-		a := &Agent{name: ac.Name, key: cred.Key, lifetime: ac.lifetime, every: ac.checkpoints, busy: make(chan struct{}, ac.MaxConcurrent), now: time.Now, metrics: s.metrics.agent(ac.Name), logger: log, device: cred.Device}
+		a := &Agent{name: ac.Name, key: cred.Key, approvers: cred.Approvers, lifetime: ac.lifetime, every: ac.checkpoints, busy: make(chan struct{}, ac.MaxConcurrent), now: time.Now, metrics: s.metrics.agent(ac.Name), logger: log, device: cred.Device}
 		if a.prices, err = openPrices(ac.ReferencePrices, ac.ReferenceKey); err != nil {
 			return nil, fmt.Errorf("agent %s: %w", ac.Name, err)
 		}

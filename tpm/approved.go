@@ -87,6 +87,15 @@ func (d *Device) borrow() (p *parked, err error) {
 	return p, err
 }
 
+// dropFree flushes the sessions that wait for their next use, for the sake of
+// one of another kind.
+func (d *Device) dropFree() {
+	for _, p := range d.free {
+		d.flush(p.session.Handle())
+	}
+	d.free = nil
+}
+
 // giveBack takes a session back. One whose policy was begun is flushed.
 func (d *Device) giveBack(p *parked) {
 	d.mu.Lock()

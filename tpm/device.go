@@ -172,9 +172,7 @@ func (d *Device) release() {
 	if d.session != nil {
 		d.flush(d.session.Handle())
 	}
-	for _, p := range d.free {
-		d.flush(p.session.Handle())
-	}
+	d.dropFree()
 	d.forget()
 	d.link.close()
 }

@@ -123,7 +123,8 @@ func (d *Device) ekAuth(public *tpm2.TPMTPublic) (auth tpm2.Session, done func()
 	if public.ObjectAttributes.UserWithAuth {
 		return tpm2.PasswordAuth(nil), func() {}, nil
 	}
-	d.dropSession() // sessions that wait for approvers may have the other places
+	d.dropSession() // those that wait for approvers may have the other places
+	d.dropFree()
 	s, closeSession, err := tpm2.PolicySession(d.link, public.NameAlg, 16)
 	if err != nil {
 		return nil, nil, err

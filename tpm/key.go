@@ -129,19 +129,23 @@ func (d *Device) LoadKey(file []byte, policies *Policies) (*Key, error) {
 }
 
 // SetPolicies changes what the key may be used under, from the next signature on.
-func (k *Key) SetPolicies(p *Policies) {
+func (k *Key) SetPolicies(p *Policies) { k.use.Store(newUse(p, k.area)) }
+
+// newUse sorts what the policy key approved by the modes of keys.
+func newUse(p *Policies, area []byte) *use {
 	u := &use{policies: p}
-	if p != nil {
-		u.local = attest.OfMode(p.Approved, attest.ModeLocal)
-		for _, a := range attest.OfMode(p.Approved, attest.ModeApprover) {
-			if ids, err := a.ApproverIDs(); err == nil { // a malformed one serves nobody
-				u.candidates = append(u.candidates, candidate{&a, ids})
-			}
-		}
-		auth, err := attest.KeyPolicy(attest.ModeApprover, p.PolicyKey, p.Ref)
-		u.approver = err == nil && attest.HasTemplate(k.area, attest.KeyTemplate(auth))
+	if p == nil {
+		return u
 	}
-	k.use.Store(u)
+	u.local = attest.OfMode(p.Approved, attest.ModeLocal)
+	for _, a := range attest.OfMode(p.Approved, attest.ModeApprover) {
+		if ids, err := a.ApproverIDs(); err == nil { // a malformed one serves nobody
+			u.candidates = append(u.candidates, candidate{&a, ids})
+		}
+	}
+	auth, err := attest.KeyPolicy(attest.ModeApprover, p.PolicyKey, p.Ref)
+	u.approver = err == nil && attest.HasTemplate(area, attest.KeyTemplate(auth))
+	return u
 }
 
 // Mode is the key's mode, attest.ModeLocal or attest.ModeApprover; it was fixed at its creation.

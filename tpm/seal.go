@@ -36,6 +36,7 @@ func (d *Device) Seal(secret []byte, p *Policies) (file []byte, err error) {
 		if err := d.makeRoom(0); err != nil {
 			return err
 		}
+		d.dropFree()
 		return d.withSRK(func(srk tpm2.NamedHandle, public []byte) error {
 			hide, err := hidden(srk, public, true)
 			if err != nil {
@@ -74,6 +75,7 @@ func (d *Device) Unseal(file []byte, p *Policies) (secret []byte, err error) {
 		if err := d.makeRoom(0); err != nil {
 			return err
 		}
+		d.dropFree()
 		return d.withSRK(func(srk tpm2.NamedHandle, public []byte) error {
 			hide, err := hidden(srk, public, false)
 			if err != nil {
@@ -84,7 +86,7 @@ func (d *Device) Unseal(file []byte, p *Policies) (secret []byte, err error) {
 				return err
 			}
 			defer d.flush(object.ObjectHandle)
-			s, err := (&Key{device: d}).satisfy(p)
+			s, err := (&Key{device: d}).satisfy(newUse(p, nil))
 			if err != nil {
 				return err
 			}

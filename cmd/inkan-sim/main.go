@@ -44,8 +44,9 @@ func newApp(stdout, stderr io.Writer) *cli.App {
 				}
 				return printJSON(stdout, map[string]string{"module": s.Module, "config": s.Config, "label": s.Label, "pin_file": s.PINFile})
 			}},
-			{Name: "demo", Usage: "from a bare host to a verified order, then attacks", Flags: []cli.Flag{inkan, asJSON, &cli.BoolFlag{Name: "hsm", Usage: "the action key is in a PKCS#11 token (SoftHSM), the host attested by its TPM"}}, Action: func(c *cli.Context) error {
-				return runDemo(c.Context, stdout, c.String("inkan"), c.Bool("hsm"), c.Bool("json"))
+			{Name: "demo", Usage: "from a bare host to a verified order, then attacks", Flags: []cli.Flag{inkan, asJSON, &cli.BoolFlag{Name: "hsm", Usage: "the action key is in a PKCS#11 token (SoftHSM), the host attested by its TPM"},
+				&cli.BoolFlag{Name: "approver", Usage: "the action key is in approver mode; the attacks are those of root on the host"}}, Action: func(c *cli.Context) error {
+				return runDemo(c.Context, stdout, c.String("inkan"), c.Bool("hsm"), c.Bool("approver"), c.Bool("json"))
 			}},
 			{Name: "bench", Usage: "speed beside the raw device and the standard library", Flags: []cli.Flag{inkan, asJSON, &cli.DurationFlag{Name: "time", Value: 3 * time.Second, Usage: "`DURATION` of each measurement"}}, Action: func(c *cli.Context) error {
 				return runBench(c.Context, stdout, c.String("inkan"), c.Duration("time"), c.Bool("json"))

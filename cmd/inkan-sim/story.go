@@ -10,13 +10,17 @@ import (
 	"inkan/signer/client"
 )
 
-func runDemo(ctx context.Context, out io.Writer, inkan string, hsm, asJSON bool) (err error) {
+func runDemo(ctx context.Context, out io.Writer, inkan string, hsm, approver, asJSON bool) (err error) {
 	w, err := newWorld(out, inkan, asJSON)
 	if err != nil {
 		return err
 	}
 	defer w.end()
 	steps := []func(context.Context) error{w.bringUp, w.trade, w.attacks}
+	if approver {
+		w.withApprover = true
+		steps = []func(context.Context) error{w.bringUp, w.trade, w.attacksAsRoot}
+	}
 	if hsm {
 		steps = []func(context.Context) error{w.makeToken, w.bringUp, w.trade, w.attacksOnToken}
 	}
@@ -36,6 +40,12 @@ func (w *world) bringUp(ctx context.Context) error {
 	w.title("2. An issuer, with its own CA and policy key")
 	if err := w.startIssuer(ctx); err != nil {
 		return err
+	}
+	if w.withApprover {
+		w.title("2a. An approver, which belongs on another host: it checks every action a second time")
+		if err := w.startApprover(ctx); err != nil {
+			return err
+		}
 	}
 	w.title("3. The inventory: the device, the state it must be in, the agent and its scope")
 	if err := w.inventory(ctx); err != nil {

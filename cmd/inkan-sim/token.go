@@ -15,6 +15,9 @@ func (w *world) keyFlag() string {
 	if w.keyURI != "" {
 		return "--hsm"
 	}
+	if w.withApprover {
+		return "--approver"
+	}
 	return "--tls"
 }
 

@@ -28,8 +28,11 @@ type world struct {
 	signer    *process
 	keptJWS   string // signed and not shown to the venue yet
 	hsm       *simulator.SoftHSM
-	keyURI    string // of the action key in the token; empty: it is in the TPM
-	plainURI  string // the same with the PIN in a file, before it was sealed
+
+	withApprover bool // agents' keys are in approver mode
+	approverAt   []string
+	keyURI       string // of the action key in the token; empty: it is in the TPM
+	plainURI     string // the same with the PIN in a file, before it was sealed
 }
 
 const scopeYAML = `# What the agent may do.
@@ -161,6 +164,11 @@ func (w *world) inventory(ctx context.Context) error {
 	if err := w.approve(ctx, "first"); err != nil {
 		return err
 	}
+	if w.withApprover {
+		if err := w.approve(ctx, "with-approver", "--approver", w.path("approver", "approver.pub.pem")); err != nil {
+			return err
+		}
+	}
 	for _, a := range w.agents {
 		if _, err := w.run(ctx, "issuer", "agent", "add", "--dir", dir, "--name", a, "--device", "host1", "--scope", w.path("scope.yaml"), w.keyFlag()); err != nil {
 			return err
@@ -170,7 +178,7 @@ func (w *world) inventory(ctx context.Context) error {
 }
 
 // approve approves the state that the host is in.
-func (w *world) approve(ctx context.Context, name string) error {
+func (w *world) approve(ctx context.Context, name string, more ...string) error {
 	pcrs, err := w.run(ctx, "tpm", "pcrs", "--tpm", w.tpm.Address, "--pcr", "sha256:0,2,4,7", "--json")
 	if err != nil {
 		return err
@@ -178,7 +186,7 @@ func (w *world) approve(ctx context.Context, name string) error {
 	if err := w.write("pcrs.json", pcrs); err != nil {
 		return err
 	}
-	_, err = w.run(ctx, "issuer", "policy", "approve", "--dir", w.path("issuer"), "--name", name, "--pcrs", w.path("pcrs.json"))
+	_, err = w.run(ctx, append([]string{"issuer", "policy", "approve", "--dir", w.path("issuer"), "--name", name, "--pcrs", w.path("pcrs.json")}, more...)...)
 	return err
 }
 
@@ -193,6 +201,12 @@ func (w *world) signerConfig(executables map[string]string) error {
 	fmt.Fprintf(&b, "socket: run/signer.sock\nstate_dir: state\ntpm: %s\nissuer:\n  url: https://%s\n  ca: issuer/ca.pem\nagents:\n", w.tpm.Address, w.addresses.Agent)
 	for _, a := range w.agents {
 		fmt.Fprintf(&b, "  - name: %s\n    max_concurrent: 1024\n    callers:\n      - user: \"%s\"\n        executable: %s\n%s", a, me.Uid, executables[a], w.keyLine())
+	}
+	if w.withApprover {
+		b.WriteString("approvers:\n")
+		for _, at := range w.approverAt {
+			fmt.Fprintf(&b, "  - url: https://%s\n    ca: approver/tls.pem\n", at)
+		}
 	}
 	return w.write("signer.yaml", b.String())
 }

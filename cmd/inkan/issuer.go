@@ -75,7 +75,8 @@ func issuerCommand(e *env) *cli.Command {
 			}},
 			{Name: "agent", Usage: "the agents in the inventory", Subcommands: []*cli.Command{
 				sub("add", "add an agent with its scope", agentAdd, adminFlags(str("name", "`NAME` of the agent"), str("device", "`NAME` of the device that it runs on"),
-					str("scope", "YAML or JSON `FILE`"), &cli.BoolFlag{Name: "tls", Usage: "certify a TLS key too"}, &cli.BoolFlag{Name: "hsm", Usage: "the action key is in an HSM of the host"})...),
+					str("scope", "YAML or JSON `FILE`"), &cli.BoolFlag{Name: "tls", Usage: "certify a TLS key too"}, &cli.BoolFlag{Name: "hsm", Usage: "the action key is in an HSM of the host"},
+					&cli.BoolFlag{Name: "approver", Usage: "the action key is in approver mode: the TPM demands an approver's authorization of each signature"})...),
 				sub("list", "list the agents", agentList, adminFlags()...),
 				agentStatus("suspend", "revoke an agent's certificates until it is resumed", issuer.Suspended),
 				agentStatus("resume", "let a suspended agent renew again", issuer.Active),
@@ -83,7 +84,8 @@ func issuerCommand(e *env) *cli.Command {
 			}},
 			{Name: "policy", Usage: "the approved states of hosts", Subcommands: []*cli.Command{
 				sub("approve", "approve PCR values with the policy key, here, and send the approval", policyApprove, adminFlags(str("name", "`NAME` of the policy"),
-					str("pcrs", "JSON `FILE` from inkan tpm pcrs --json"), &cli.StringFlag{Name: "device", Value: "*", Usage: "`NAME` of the device; * is for all"}, str("policy-key", "key `URI`, if not the one of --dir"))...),
+					str("pcrs", "JSON `FILE` from inkan tpm pcrs --json"), &cli.StringFlag{Name: "device", Value: "*", Usage: "`NAME` of the device; * is for all"}, str("policy-key", "key `URI`, if not the one of --dir"),
+					&cli.StringSliceFlag{Name: "approver", Usage: "PEM `FILE` with an approver's public key: the approval is for keys in approver mode; given more than once, all must authorize"})...),
 				sub("list", "list the approved policies", policyList, adminFlags()...),
 				sub("retire", "take a policy out of force for enrolments and renewals", func(_ *env, c *cli.Context) error {
 					return withClient(c, "name", func(cl *issuer.Client, n string) error { return cl.RetirePolicy(c.Context, n) })
@@ -341,7 +343,7 @@ func agentAdd(e *env, c *cli.Context) error {
 		if err != nil {
 			return err
 		}
-		a := issuer.Agent{Name: name, Device: device, Scope: string(s.Canonical()), TLS: c.Bool("tls"), HSM: c.Bool("hsm")}
+		a := issuer.Agent{Name: name, Device: device, Scope: string(s.Canonical()), TLS: c.Bool("tls"), HSM: c.Bool("hsm"), Approver: c.Bool("approver")}
 		if err := cl.AddAgent(c.Context, a); err != nil {
 			return err
 		}
@@ -399,7 +401,15 @@ func policyApprove(e *env, c *cli.Context) error {
 			return err
 		}
 		defer closer.Close()
-		p, err := attest.SignPolicy(key, name, values, attest.PolicyRef(config.TrustDomain))
+		var approvers []*ecdsa.PublicKey
+		for _, path := range c.StringSlice("approver") {
+			k, err := readPublicKey(path)
+			if err != nil {
+				return err
+			}
+			approvers = append(approvers, k)
+		}
+		p, err := attest.SignPolicy(key, name, values, attest.PolicyRef(config.TrustDomain), approvers...)
 		if err != nil {
 			return err
 		}

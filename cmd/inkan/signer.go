@@ -72,6 +72,7 @@ type host struct {
 	keys   map[string]*tpm.Key      // action keys in the TPM, by agent
 	tokens map[string]crypto.Signer // action keys in a token, by agent
 	stats  map[string]func() signer.DeviceStatus
+	tls    map[string]*tpm.Key // TLS keys of agents in approver mode
 	closer []io.Closer
 }
 
@@ -161,7 +162,7 @@ func openHost(config *signer.Config) (*host, error) {
 	if err != nil {
 		return nil, err
 	}
-	return &host{config: config, dev: dev, issuer: attester.Issuer{URL: config.Issuer.URL, Roots: roots}, keys: make(map[string]*tpm.Key), tokens: make(map[string]crypto.Signer), stats: make(map[string]func() signer.DeviceStatus), closer: []io.Closer{dev}}, nil
+	return &host{config: config, dev: dev, issuer: attester.Issuer{URL: config.Issuer.URL, Roots: roots}, keys: make(map[string]*tpm.Key), tokens: make(map[string]crypto.Signer), tls: make(map[string]*tpm.Key), stats: make(map[string]func() signer.DeviceStatus), closer: []io.Closer{dev}}, nil
 }
 
 // enrol runs one exchange for an agent and keeps its outcome.
@@ -213,8 +214,10 @@ func (h *host) enrol(ctx context.Context, agent string) ([]*x509.Certificate, ti
 	if err := state.SavePolicies(out.Policies); err != nil {
 		return nil, time.Time{}, err
 	}
-	if k := h.keys[agent]; k != nil {
-		k.SetPolicies(out.Policies)
+	for _, k := range []*tpm.Key{h.keys[agent], h.tls[agent]} {
+		if k != nil {
+			k.SetPolicies(out.Policies)
+		}
 	}
 	return action, out.Grant.RenewAfter, nil
 }
@@ -260,7 +263,13 @@ func (h *host) credentials(ctx context.Context, agent string) (signer.Credential
 		return signer.Credentials{}, fmt.Errorf("agent %s: %w", agent, err)
 	}
 	h.keys[agent] = k
-	return signer.Credentials{Key: k, Chain: chain, Device: func() signer.DeviceStatus { return signer.DeviceStatus{Kind: "tpm"} }}, nil
+	cred := signer.Credentials{Key: k, Chain: chain, Device: func() signer.DeviceStatus { return signer.DeviceStatus{Kind: "tpm"} }}
+	if k.Mode() == attest.ModeApprover {
+		if cred.Approvers, err = h.approvers(agent, state, &policies); err != nil {
+			return signer.Credentials{}, fmt.Errorf("agent %s: %w", agent, err)
+		}
+	}
+	return cred, nil
 }
 
 func signerEnrol(e *env, c *cli.Context) error {

@@ -206,9 +206,12 @@ func ensureKeys(dev *tpm.Device, c *attest.Challenge, have map[string][]byte, ex
 func (x *Exchange) collect(keys []crypto.Signer, binding []byte, ev *attest.Evidence) error {
 	dev, c := x.dev, &x.Challenge
 	for i, k := range keys {
-		csr, err := x509.CreateCertificateRequest(rand.Reader, &x509.CertificateRequest{Subject: pkix.Name{CommonName: x.agent}}, k)
-		if err != nil {
-			return err
+		var csr []byte
+		if c.Keys[i].Mode != attest.ModeApprover { // such a key signs nothing but statements
+			var err error
+			if csr, err = x509.CreateCertificateRequest(rand.Reader, &x509.CertificateRequest{Subject: pkix.Name{CommonName: x.agent}}, k); err != nil {
+				return err
+			}
 		}
 		if x.ChangeCSR != nil {
 			csr = x.ChangeCSR(csr)
@@ -221,8 +224,11 @@ func (x *Exchange) collect(keys []crypto.Signer, binding []byte, ev *attest.Evid
 				return err
 			}
 			e.Public, e.Certify = inTPM.PublicArea(), &certify
-		} else if e.SPKI, err = x509.MarshalPKIXPublicKey(k.Public()); err != nil {
-			return err
+		} else {
+			var err error
+			if e.SPKI, err = x509.MarshalPKIXPublicKey(k.Public()); err != nil {
+				return err
+			}
 		}
 		ev.Keys = append(ev.Keys, e)
 	}

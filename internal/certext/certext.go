@@ -51,6 +51,12 @@ const (
 	ProtectionHSMDeclared = "hsm-declared"
 )
 
+// Modes of a key in a TPM, as an action certificate states it.
+const (
+	ModeLocal    = "local"    // it signs while the host is in an approved state
+	ModeApprover = "approver" // besides, the TPM demands an authorization of each signature
+)
+
 // How the endorsement key was tied to a vendor.
 const (
 	EKCertified = "certified" // a vendor's certificate chain was verified

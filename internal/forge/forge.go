@@ -223,9 +223,11 @@ func (d *Device) key(c *attest.Challenge, want attest.KeyRequest, binding []byte
 		d.ChangeKey(want.Purpose, t)
 	}
 	public := tpm2.Marshal(*t)
-	csr, err := x509.CreateCertificateRequest(rand.Reader, &x509.CertificateRequest{Subject: pkix.Name{CommonName: "forged"}}, key)
-	if err != nil {
-		return nil, err
+	var csr []byte
+	if want.Mode != attest.ModeApprover {
+		if csr, err = x509.CreateCertificateRequest(rand.Reader, &x509.CertificateRequest{Subject: pkix.Name{CommonName: "forged"}}, key); err != nil {
+			return nil, err
+		}
 	}
 	if d.ChangeCSR != nil {
 		csr = d.ChangeCSR(csr)

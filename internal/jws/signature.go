@@ -51,10 +51,19 @@ func FromDER(key *ecdsa.PublicKey, der []byte) ([]byte, error) {
 }
 
 // Sign has the device sign the input and returns the signature in JOSE form.
-func Sign(key crypto.Signer, input []byte) ([]byte, error) {
+func Sign(key crypto.Signer, input []byte) ([]byte, error) { return SignWith(key, input, nil) }
+
+// SignWith is Sign with options for a device that needs more than the hash,
+// which must be SHA-256 by a key on P-256; nil is none.
+func SignWith(key crypto.Signer, input []byte, opts crypto.SignerOpts) ([]byte, error) {
 	alg, hash, err := Algorithm(key.Public())
 	if err != nil {
 		return nil, err
+	}
+	if opts == nil {
+		opts = hash
+	} else if alg != "ES256" || opts.HashFunc() != crypto.SHA256 {
+		return nil, fmt.Errorf("signing with %s: a key on P-256 is expected", alg)
 	}
 	switch alg {
 	case "EdDSA":
@@ -65,7 +74,7 @@ func Sign(key crypto.Signer, input []byte) ([]byte, error) {
 	}
 	h := hash.New()
 	h.Write(input)
-	der, err := key.Sign(nil, h.Sum(nil), hash)
+	der, err := key.Sign(nil, h.Sum(nil), opts)
 	if err != nil {
 		return nil, err
 	}

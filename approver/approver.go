@@ -1,0 +1,391 @@
+// Package approver is the second check of an action, on another host than the
+// agent's: [New] makes an [Approver], [Approver.Decide] answers a signer, and
+// [Approver.Serve] serves signers over HTTPS.
+//
+// A TPM key in approver mode signs nothing without an authorization that names
+// the exact TPM2_Sign command and the TPM session (TPM2_PolicySigned with
+// cpHash). The approver makes one only for an action that it parsed and checked itself: it is handed the
+// statement's bytes and the agent's certificate, never a digest, and computes
+// from them what the TPM will be asked to sign. docs/approver.md has the rules.
+package approver
+
+import (
+	"bytes"
+	"context"
+	"crypto"
+	"crypto/ecdsa"
+	"crypto/sha256"
+	"crypto/x509"
+	"encoding/hex"
+	"errors"
+	"fmt"
+	"log/slog"
+	"sync"
+	"time"
+
+	"inkan/attest"
+	"inkan/internal/certext"
+	"inkan/internal/jws"
+	"inkan/internal/strictjson"
+	"inkan/scope"
+	"inkan/verify"
+)
+
+// Rules of the approver itself, beside those of scopes. docs/approver.md lists them.
+const (
+	RuleClient      scope.Rule = "client"              // the TLS client is not the agent of the statement
+	RuleAgent       scope.Rule = "agent"               // the agent is not one that this approver answers
+	RuleCertificate scope.Rule = "certificate"         // the certificate is malformed, not for actions, or not of this CA
+	RuleRevoked     scope.Rule = "certificate_revoked" // it was revoked
+	RuleRevocation  scope.Rule = "revocation_unknown"  // whether it was is not known freshly enough
+	RuleMode        scope.Rule = "mode"                // the key is not one in approver mode in a TPM
+	RuleKeyName     scope.Rule = "key_name"            // the certificate states another Name than its key and policy have
+	RuleScopeWider  scope.Rule = "scope_wider"         // its scope is wider than the one that this approver has
+	RuleStatement   scope.Rule = "statement"           // what is to be signed is not a permit statement of this certificate
+	RuleTime        scope.Rule = "time"                // the statement is from the future, has expired, or lives for too long
+	RuleUsage       scope.Rule = "usage"               // it states another use of its limits than its record leads to
+	RuleGap         scope.Rule = "gap"                 // entries before it are missing
+	RuleFork        scope.Rule = "fork"                // another statement has its number
+	RuleChecked     scope.Rule = "unchecked"           // it was seen before, under a certificate that was not known then
+	RuleRecord      scope.Rule = "record"              // this approver's record does not work
+	RuleKey         scope.Rule = "key"                 // this approver's key does not work
+)
+
+// Bounds of a request.
+const (
+	MaxRequest = 4 << 20 // bytes
+	MaxEntries = 1024    // earlier entries
+)
+
+// Limits on time. A statement from further ahead than maxSkew is refused, and
+// so is one that lives longer than maxLifetime.
+const (
+	maxSkew     = 2 * time.Second
+	maxLifetime = 5 * time.Minute
+)
+
+// Request asks for an authorization, or hands over entries alone. Byte strings
+// are standard base64.
+type Request struct {
+	Chain     [][]byte `json:"chain"`               // the action certificate and what is between it and the root, DER
+	Nonce     []byte   `json:"nonce,omitempty"`     // nonceTPM of the session
+	Statement []byte   `json:"statement,omitempty"` // the exact bytes that stand in the signer's record
+	Entries   [][]byte `json:"entries,omitempty"`   // those before it that the approver has not seen, in order
+}
+
+// ParseRequest reads a request, strictly: for an authorization, or one of
+// entries alone.
+func ParseRequest(b []byte, authorize bool) (*Request, error) {
+	var r Request
+	if err := strictjson.Unmarshal(b, MaxRequest, &r); err != nil {
+		return nil, refuse(scope.RuleForm, "%v", err)
+	}
+	switch {
+	case len(r.Chain) == 0 || len(r.Chain) > 3:
+		return nil, refuse(scope.RuleForm, "chain has %d certificates, 1 to 3 are expected", len(r.Chain))
+	case !authorize && (len(r.Nonce) != 0 || len(r.Statement) != 0 || len(r.Entries) == 0):
+		return nil, refuse(scope.RuleForm, "entries, and neither nonce nor statement, are expected")
+	case authorize && len(r.Nonce) != attest.NonceTPMSize:
+		return nil, refuse(scope.RuleForm, "nonce has %d bytes, %d are expected", len(r.Nonce), attest.NonceTPMSize)
+	case authorize && len(r.Statement) == 0:
+		return nil, refuse(scope.RuleForm, "statement is missing")
+	case len(r.Entries) > MaxEntries:
+		return nil, refuse(scope.RuleForm, "%d entries, at most %d are allowed at a time", len(r.Entries), MaxEntries)
+	}
+	return &r, nil
+}
+
+func refuse(rule scope.Rule, format string, a ...any) error {
+	return &scope.Refusal{Rule: rule, Message: fmt.Sprintf(format, a...)}
+}
+
+// Approver decides on authorizations. It is safe for concurrent use.
+type Approver struct {
+	config     *Config
+	key        crypto.Signer // used by Decide alone, through attest.Authorize
+	ref        []byte
+	roots      *x509.CertPool
+	revocation verify.Revocation
+	record     *Record
+	log        *slog.Logger
+	metrics    *metrics
+	now        func() time.Time
+
+	mu    sync.RWMutex
+	known map[[32]byte]*credential // by the SHA-256 of the chain
+}
+
+// maxKnown bounds the cache of certificates: one for each agent.
+const maxKnown = 4096
+
+// credential is what an action certificate says, verified but for time and revocation.
+type credential struct {
+	leaf, issuer *x509.Certificate
+	action       *certext.ActionCertificate
+	scope        *scope.Scope
+	sum          scope.Digest // SHA-256 of the certificate
+	name         []byte       // TPM Name of the key
+	header       *jws.Header
+}
+
+// New makes an approver. It does not close the record.
+func New(c *Config, key crypto.Signer, roots *x509.CertPool, revocation verify.Revocation, record *Record, log *slog.Logger) (*Approver, error) {
+	pub, ok := key.Public().(*ecdsa.PublicKey)
+	if !ok {
+		return nil, errors.New("approver key: a P-256 key is expected")
+	}
+	if _, err := attest.ApproverID(pub); err != nil {
+		return nil, fmt.Errorf("approver key: %w", err)
+	}
+	if revocation == nil {
+		return nil, errors.New("approver: there is no way to know what was revoked")
+	}
+	return &Approver{config: c, key: key, ref: attest.PolicyRef(c.TrustDomain), roots: roots, revocation: revocation, record: record, log: log, metrics: newMetrics(), now: time.Now,
+		known: make(map[[32]byte]*credential)}, nil
+}
+
+// Decide authorizes one TPM2_Sign over the statement of a request, or says why
+// not: then the error is a *scope.Refusal. client is the verified TLS certificate of who asks.
+//
+// The same statement may be authorized again, for another session: it is the
+// same action with the same id.
+func (a *Approver) Decide(ctx context.Context, client *x509.Certificate, r *Request) (*attest.Authorization, error) {
+	now := a.now()
+
+	// 1. The certificates: of the CA, in force, of one agent, of a key that needs this approver.
+	cred, err := a.credential(r.Chain, now)
+	if err != nil {
+		return nil, err
+	}
+	if err := a.current(ctx, client, cred, now); err != nil {
+		return nil, err
+	}
+
+	// 2. The statement: strictly parsed, a permit, of this certificate, of now.
+	st, err := cred.statement(r.Statement)
+	if err != nil {
+		return nil, err
+	}
+	if err := times(st, now); err != nil {
+		return nil, err
+	}
+
+	// 3. The scope.
+	env := scope.Env{Now: st.Time.Time, AttestedAt: cred.action.Attestation.Time}
+	if a.config.AcceptReference {
+		env.Reference = st.ReferencePrice()
+	}
+	permit, err := scope.Check(cred.scope, st.Action(), env)
+	if err != nil {
+		return nil, err
+	}
+	if !st.StatesNotional(permit) {
+		return nil, refuse(RuleStatement, "it states another notional than its order has")
+	}
+
+	// 4. The record: its place after all that was seen of this agent, and the
+	// limits over time. When this returns, that it is authorized is on disk.
+	entries, err := parseEntries(r.Entries, cred.action.Agent, now)
+	if err != nil {
+		return nil, err
+	}
+	if err := a.record.authorize(ctx, cred, entries, &entry{r.Statement, st}); err != nil {
+		return nil, err
+	}
+
+	// 5. The digest is of what the receiver will see, and the command is the one
+	// that signs it with the certified key: both are computed here.
+	digest := sha256.Sum256(cred.header.SigningInput(r.Statement))
+	x, err := attest.Authorize(a.key, r.Nonce, attest.SignCommandHash(cred.name, digest), a.ref)
+	if err != nil {
+		a.log.ErrorContext(ctx, "the approver's key does not sign", "error", err)
+		return nil, refuse(RuleKey, "the approver's key does not sign; its log says why")
+	}
+	return x, nil
+}
+
+// Append takes entries of an agent's record that the approver has not seen, and
+// authorizes nothing.
+func (a *Approver) Append(ctx context.Context, client *x509.Certificate, r *Request) error {
+	now := a.now()
+	cred, err := a.credential(r.Chain, now)
+	if err != nil {
+		return err
+	}
+	if err := a.current(ctx, client, cred, now); err != nil {
+		return err
+	}
+	entries, err := parseEntries(r.Entries, cred.action.Agent, now)
+	if err != nil {
+		return err
+	}
+	return a.record.authorize(ctx, cred, entries, nil)
+}
+
+// credential verifies a chain, or finds it verified.
+func (a *Approver) credential(chain [][]byte, now time.Time) (*credential, error) {
+	h := sha256.New()
+	for _, der := range chain {
+		sum := sha256.Sum256(der)
+		h.Write(sum[:])
+	}
+	key := [32]byte(h.Sum(nil))
+	a.mu.RLock()
+	cred := a.known[key]
+	a.mu.RUnlock()
+	if cred != nil {
+		return cred, nil
+	}
+	cred, err := a.verifyChain(chain, now)
+	if err != nil {
+		return nil, err
+	}
+	a.mu.Lock()
+	defer a.mu.Unlock()
+	if len(a.known) >= maxKnown {
+		clear(a.known)
+	}
+	a.known[key] = cred
+	return cred, nil
+}
+
+func (a *Approver) verifyChain(chain [][]byte, now time.Time) (*credential, error) {
+	var list []*x509.Certificate
+	pool := x509.NewCertPool()
+	for i, der := range chain {
+		c, err := x509.ParseCertificate(der)
+		if err != nil {
+			return nil, refuse(RuleCertificate, "certificate %d of the chain: %v", i+1, err)
+		}
+		if list = append(list, c); i > 0 {
+			pool.AddCert(c)
+		}
+	}
+	leaf := list[0]
+	cred := &credential{leaf: leaf, sum: sha256.Sum256(leaf.Raw)}
+	var err error
+	if cred.action, err = certext.ParseAction(leaf); err != nil {
+		return nil, refuse(RuleCertificate, "%v", err)
+	}
+	verified, err := cred.action.VerifyChain(a.roots, pool, now)
+	if err != nil {
+		return nil, refuse(RuleCertificate, "it does not chain to the CA: %v", err)
+	}
+	// The header that is signed has the chain as it was sent, so that chain must
+	// be the one that was verified and nothing else.
+	if len(verified) != len(list)+1 {
+		return nil, refuse(RuleCertificate, "the chain has certificates that do not belong to it")
+	}
+	for i, c := range list {
+		if !c.Equal(verified[i]) {
+			return nil, refuse(RuleCertificate, "the chain is not in order")
+		}
+	}
+	cred.issuer = verified[1]
+	if cred.scope, err = scope.ParseCanonical(cred.action.Scope); err != nil {
+		return nil, refuse(RuleCertificate, "%v", err)
+	}
+	if err := cred.bind(); err != nil {
+		return nil, err
+	}
+	if cred.header, err = jws.NewHeader("ES256", list, true); err != nil {
+		return nil, refuse(RuleCertificate, "%v", err)
+	}
+	return cred, nil
+}
+
+// bind computes the key's TPM Name from what is certified and holds it against
+// the Name that the certificate states.
+func (c *credential) bind() error {
+	att := c.action.Attestation
+	if att.Mode != attest.ModeApprover || att.Protection != certext.ProtectionTPM {
+		return refuse(RuleMode, "the key is in mode %.16q with protection %.16q: only a key in a TPM in mode %s needs an approver", att.Mode, att.Protection, attest.ModeApprover)
+	}
+	key, ok := c.leaf.PublicKey.(*ecdsa.PublicKey)
+	if !ok {
+		return refuse(RuleMode, "the key is not on P-256")
+	}
+	auth, err := hex.DecodeString(att.AuthPolicy)
+	if err != nil || len(auth) != sha256.Size {
+		return refuse(RuleKeyName, "the certificate's auth_policy is not a SHA-256")
+	}
+	if c.name, err = attest.ActionKeyName(key, auth); err != nil {
+		return refuse(RuleKeyName, "%v", err)
+	}
+	stated, err := hex.DecodeString(att.KeyName)
+	if err != nil || !bytes.Equal(stated, c.name) {
+		return refuse(RuleKeyName, "the certificate states the key Name %.80s, its key and policy have %x", att.KeyName, c.name)
+	}
+	return nil
+}
+
+// current applies what may change between two requests.
+func (a *Approver) current(ctx context.Context, client *x509.Certificate, cred *credential, now time.Time) error {
+	leaf := cred.leaf
+	switch {
+	case now.Before(leaf.NotBefore):
+		return refuse(RuleCertificate, "the certificate is valid from %s on", leaf.NotBefore.UTC().Format(time.RFC3339))
+	case now.After(leaf.NotAfter):
+		return &scope.Refusal{Rule: scope.RuleCertificateExpired, Message: "the certificate expired at " + leaf.NotAfter.UTC().Format(time.RFC3339)}
+	case client == nil || len(client.URIs) != 1 || client.URIs[0].String() != cred.action.Agent:
+		return refuse(RuleClient, "the TLS client is not %s", cred.action.Agent)
+	}
+	agent := a.config.agents[cred.action.Agent]
+	if agent == nil {
+		return refuse(RuleAgent, "%s is not one of this approver's agents", cred.action.Agent)
+	}
+	for _, c := range []*x509.Certificate{leaf, client} {
+		if err := a.revocation.Check(ctx, c, cred.issuer, now); errors.Is(err, &verify.Refusal{Reason: verify.ReasonRevoked}) {
+			return refuse(RuleRevoked, "%v", err)
+		} else if err != nil {
+			return refuse(RuleRevocation, "%v", err)
+		}
+	}
+	if age := now.Sub(cred.action.Attestation.Time); age > a.config.maxAttestation || age < -time.Minute {
+		return &scope.Refusal{Rule: scope.RuleAttestationAge, Value: age.Round(time.Second).String(), Limit: a.config.maxAttestation.String(),
+			Message: fmt.Sprintf("the host was attested %s ago, at most %s is allowed", age.Round(time.Second), a.config.maxAttestation)}
+	}
+	if agent.ceiling != nil {
+		if err := scope.Contains(agent.ceiling, cred.scope); err != nil {
+			return refuse(RuleScopeWider, "the certificate's scope is wider than the one that this approver has: %v", err)
+		}
+	}
+	return nil
+}
+
+// statement reads what is to be signed and ties it to the certificate.
+func (c *credential) statement(b []byte) (*scope.Statement, error) {
+	st, err := scope.ParseStatement(b)
+	if err != nil {
+		return nil, refuse(RuleStatement, "%v", err)
+	}
+	att := c.action.Attestation
+	switch {
+	case st.Decision.Decision != scope.DecisionPermit:
+		return nil, refuse(RuleStatement, "it is a denial")
+	case st.Decision.Certificate != c.sum:
+		return nil, refuse(RuleStatement, "it names another certificate")
+	case [32]byte(st.Decision.Scope) != c.scope.Hash():
+		return nil, refuse(RuleStatement, "it names another scope than its certificate has")
+	case st.Agent != c.action.Agent:
+		return nil, refuse(RuleStatement, "it is of %.200s, the certificate of %s", st.Agent, c.action.Agent)
+	case st.Issuer != c.leaf.Issuer.String():
+		return nil, refuse(RuleStatement, "it names another issuer than its certificate has")
+	case st.Attestation.Evidence != att.EvidenceSHA256 || !st.Attestation.Time.Time.Equal(att.Time):
+		return nil, refuse(RuleStatement, "it names other evidence than its certificate does")
+	}
+	return st, nil
+}
+
+func times(st *scope.Statement, now time.Time) error {
+	expires := time.Unix(st.Expires, 0)
+	switch {
+	case st.Time.Time.After(now.Add(maxSkew)):
+		return refuse(RuleTime, "the statement is from %s, which is later than this approver's clock", st.Time.Time.Format(scope.TimeFormat))
+	case now.After(expires):
+		return refuse(RuleTime, "the statement expired at %s", expires.UTC().Format(time.RFC3339))
+	case expires.Sub(st.Time.Time) > maxLifetime:
+		return refuse(RuleTime, "the statement lives for %s, at most %s is allowed", expires.Sub(st.Time.Time).Round(time.Second), maxLifetime)
+	}
+	return nil
+}

@@ -1,0 +1,127 @@
+package approver
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"os"
+	"path/filepath"
+	"strings"
+	"time"
+
+	"inkan/internal/strictjson"
+	"inkan/scope"
+)
+
+// maxConfig bounds a configuration file, in bytes.
+const maxConfig = 256 << 10
+
+// Config is an approver's configuration file.
+type Config struct {
+	Listen           string        `json:"listen"`                        // host:port of the signers' API
+	MetricsListen    string        `json:"metrics_listen,omitempty"`      // host:port; empty: none
+	TrustDomain      string        `json:"trust_domain"`                  // of SPIFFE IDs
+	Key              string        `json:"key"`                           // URI of the key that authorizes
+	Certificate      string        `json:"certificate"`                   // PEM file of the TLS server, leaf first; read anew at each handshake
+	CertificateKey   string        `json:"certificate_key"`               // PEM file
+	CA               string        `json:"ca"`                            // PEM file with the issuer's CA certificate
+	CRL              string        `json:"crl_url"`                       // the issuer's revocation list
+	MaxRevocationAge string        `json:"max_revocation_age,omitempty"`  // 1h by default
+	MaxAttestation   string        `json:"max_attestation_age,omitempty"` // 24h by default
+	Record           string        `json:"record,omitempty"`              // file of this approver's own record
+	Database         string        `json:"database_file,omitempty"`       // file with the URL of a PostgreSQL database that several approvers share
+	AcceptReference  bool          `json:"accept_reference,omitempty"`    // believe the signer about reference prices
+	Agents           []AgentConfig `json:"agents"`
+
+	maxRevocationAge, maxAttestation time.Duration
+	agents                           map[string]*AgentConfig // by SPIFFE ID
+}
+
+// AgentConfig is an agent that the approver answers.
+type AgentConfig struct {
+	Name  string `json:"name"`
+	Scope string `json:"scope,omitempty"` // YAML or JSON file: the certificate's scope must be inside this one
+
+	ceiling *scope.Scope
+}
+
+// ParseConfig reads a configuration file, strictly. Relative paths are below dir.
+func ParseConfig(b []byte, dir string) (*Config, error) {
+	var c Config
+	if err := strictjson.UnmarshalYAML(b, maxConfig, &c); err != nil {
+		return nil, fmt.Errorf("approver configuration: %w", err)
+	}
+	if err := c.validate(dir); err != nil {
+		return nil, fmt.Errorf("approver configuration: %w", err)
+	}
+	return &c, nil
+}
+
+func (c *Config) validate(dir string) error {
+	for name, v := range map[string]string{"listen": c.Listen, "trust_domain": c.TrustDomain, "key": c.Key, "certificate": c.Certificate, "certificate_key": c.CertificateKey, "ca": c.CA, "crl_url": c.CRL} {
+		if v == "" {
+			return fmt.Errorf("%s is missing", name)
+		}
+	}
+	if (c.Record == "") == (c.Database == "") {
+		return errors.New("give record, the file of an approver alone, or database_file, for a record that several share")
+	}
+	below := func(p *string) {
+		if *p != "" && !filepath.IsAbs(*p) {
+			*p = filepath.Join(dir, *p)
+		}
+	}
+	for _, p := range []*string{&c.Certificate, &c.CertificateKey, &c.CA, &c.Record, &c.Database} {
+		below(p)
+	}
+	for _, d := range []struct {
+		name, text    string
+		to            *time.Duration
+		standard, max time.Duration
+	}{
+		{"max_revocation_age", c.MaxRevocationAge, &c.maxRevocationAge, time.Hour, 7 * 24 * time.Hour},
+		{"max_attestation_age", c.MaxAttestation, &c.maxAttestation, 24 * time.Hour, 24 * time.Hour},
+	} {
+		if *d.to = d.standard; d.text == "" {
+			continue
+		}
+		v, err := time.ParseDuration(d.text)
+		if err != nil || v <= 0 || v > d.max {
+			return fmt.Errorf("%s %.32q: a duration of at most %s is expected", d.name, d.text, d.max)
+		}
+		*d.to = v
+	}
+	if len(c.Agents) == 0 {
+		return errors.New("agents is empty, so nothing would be approved")
+	}
+	c.agents = make(map[string]*AgentConfig)
+	for i := range c.Agents {
+		a := &c.Agents[i]
+		if a.Name == "" || len(a.Name) > 63 || strings.Trim(a.Name, "abcdefghijklmnopqrstuvwxyz0123456789-") != "" {
+			return fmt.Errorf("agent %.80q: 1 to 63 lower-case letters, digits and dashes are expected", a.Name)
+		}
+		id := "spiffe://" + c.TrustDomain + "/agent/" + a.Name
+		if c.agents[id] != nil {
+			return fmt.Errorf("agent %s stands twice", a.Name)
+		}
+		c.agents[id] = a
+		if a.Scope == "" {
+			continue
+		}
+		below(&a.Scope)
+		b, err := os.ReadFile(a.Scope)
+		if err != nil {
+			return fmt.Errorf("agent %s: %w", a.Name, err)
+		}
+		if a.ceiling, err = scope.ParseYAML(b); err != nil { // JSON is YAML
+			return fmt.Errorf("agent %s: %s: %w", a.Name, a.Scope, err)
+		}
+	}
+	return nil
+}
+
+// OpenRecord opens the record that the configuration names. Close it.
+func (c *Config) OpenRecord(ctx context.Context) (*Record, error) { return OpenRecord(ctx, c.Record) }
+
+// RevocationAge is how old a revocation list may be.
+func (c *Config) RevocationAge() time.Duration { return c.maxRevocationAge }

@@ -1,0 +1,34 @@
+package approver
+
+import (
+	"net/http"
+
+	"github.com/prometheus/client_golang/prometheus"
+	"github.com/prometheus/client_golang/prometheus/promhttp"
+)
+
+// metrics of an approver; docs/approver.md lists them.
+type metrics struct {
+	registry   *prometheus.Registry
+	authorized *prometheus.CounterVec
+	refused    *prometheus.CounterVec
+	seconds    prometheus.Histogram
+}
+
+func newMetrics() *metrics {
+	m := &metrics{
+		registry:   prometheus.NewRegistry(),
+		authorized: prometheus.NewCounterVec(prometheus.CounterOpts{Name: "inkan_approver_authorized_total", Help: "signatures that were authorized"}, []string{"agent"}),
+		refused:    prometheus.NewCounterVec(prometheus.CounterOpts{Name: "inkan_approver_refused_total", Help: "requests that were refused, by rule"}, []string{"rule"}),
+		seconds:    prometheus.NewHistogram(prometheus.HistogramOpts{Name: "inkan_approver_request_seconds", Help: "one request, whatever its answer", Buckets: prometheus.ExponentialBuckets(0.0001, 2, 16)}),
+	}
+	m.registry.MustRegister(m.authorized, m.refused, m.seconds)
+	return m
+}
+
+func (m *metrics) handler() http.Handler {
+	mux := http.NewServeMux()
+	mux.Handle("GET /metrics", promhttp.HandlerFor(m.registry, promhttp.HandlerOpts{}))
+	mux.HandleFunc("GET /healthz", func(w http.ResponseWriter, _ *http.Request) { _, _ = w.Write([]byte("ok\n")) })
+	return mux
+}
