@@ -9,7 +9,7 @@ TOOLS := swtpm=swtpm swtpm_setup=swtpm-tools certtool=gnutls-bin softhsm2-util=s
 	openssl=openssl curl=curl strace=strace gcc=gcc
 
 .DEFAULT_GOAL := help
-.PHONY: help build nocgo tools demo test lint bench crash fuzz clean
+.PHONY: help build nocgo tools demo test lint bench attack crash fuzz clean
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## /{printf "  make %-8s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -37,6 +37,9 @@ lint: ## gofmt, vet, staticcheck
 
 bench: tools build ## speed beside the raw device and the standard library, as ratios
 	$(BIN)/inkan-sim bench --inkan $(BIN)/inkan $(if $(JSON),--json)
+
+attack: tools build ## attacks on each layer; FAMILY=os for one of them
+	$(BIN)/inkan-sim attack --inkan $(BIN)/inkan $(if $(FAMILY),--family $(FAMILY)) $(if $(JSON),--json)
 
 crash: tools build ## 2000 orders from 16 clients while the signer is killed with -9 five times
 	$(BIN)/inkan-sim crash --inkan $(BIN)/inkan $(if $(JSON),--json)

@@ -19,6 +19,7 @@ var allowed = map[string][]string{
 	"attest":              {"internal/strictjson", "github.com/google/go-tpm"},
 	"audit":               {"scope", "internal/certext", "internal/jws", "internal/strictjson", "golang.org/x/mod", "golang.org/x/sys", "modernc.org/sqlite"},
 	"cmd/inkan":           {"*"},
+	"confine":             {"scope", "github.com/elastic/go-seccomp-bpf", "github.com/landlock-lsm/go-landlock", "golang.org/x/net", "golang.org/x/sys"},
 	"cmd/inkan-sim":       {"*", "simulator"},
 	"hsm":                 {"internal/strictjson", "github.com/ThalesGroup/crypto11", "github.com/miekg/pkcs11"},
 	"internal/attester":   {"attest", "tpm", "internal/problem", "internal/strictjson"},

@@ -110,8 +110,9 @@ type Signed struct {
 }
 
 // Act has an action signed, if the agent's scope allows it. Step 1, who asks,
-// is the server's. A refusal is a *scope.Refusal, and stands in the record.
-func (a *Agent) Act(ctx context.Context, body []byte) (*Signed, error) {
+// is the server's; run says how that process was started, nil where it is not
+// confined. A refusal is a *scope.Refusal, and stands in the record.
+func (a *Agent) Act(ctx context.Context, body []byte, run *scope.Run) (*Signed, error) {
 	cred := a.current.Load()
 	if cred == nil {
 		return nil, &scope.Refusal{Rule: RuleNoCertificate, Message: "the agent has no certificate yet: see the signer's log"}
@@ -120,22 +121,22 @@ func (a *Agent) Act(ctx context.Context, body []byte) (*Signed, error) {
 	// 2. Parse: what is checked is what is signed.
 	action, err := scope.ParseAction(body)
 	if err != nil {
-		return nil, a.refuse(ctx, nil, err, cred)
+		return nil, a.refuse(ctx, nil, err, cred, run)
 	}
 
 	// 3. Check the scope that the certificate has.
 	now := a.now().UTC().Truncate(time.Microsecond)
 	if leaf := cred.chain[0]; now.After(leaf.NotAfter) {
 		return nil, a.refuse(ctx, action, &scope.Refusal{Rule: scope.RuleCertificateExpired, Limit: leaf.NotAfter.UTC().Format(time.RFC3339),
-			Message: "the agent's certificate expired at " + leaf.NotAfter.UTC().Format(time.RFC3339) + ": see the signer's log for why it was not renewed"}, cred)
+			Message: "the agent's certificate expired at " + leaf.NotAfter.UTC().Format(time.RFC3339) + ": see the signer's log for why it was not renewed"}, cred, run)
 	}
-	env := scope.Env{Now: now, AttestedAt: cred.action.Attestation.Time}
+	env := scope.Env{Now: now, AttestedAt: cred.action.Attestation.Time, Run: run}
 	if env.Reference, err = a.prices.find(action.Instrument()); err != nil {
-		return nil, a.refuse(ctx, action, &scope.Refusal{Rule: scope.RuleReferenceMissing, Message: err.Error()}, cred)
+		return nil, a.refuse(ctx, action, &scope.Refusal{Rule: scope.RuleReferenceMissing, Message: err.Error()}, cred, run)
 	}
 	permit, err := scope.Check(cred.scope, action, env)
 	if err != nil {
-		return nil, a.refuse(ctx, action, err, cred)
+		return nil, a.refuse(ctx, action, err, cred, run)
 	}
 
 	// 4. Record: durable before anything is signed.
@@ -231,13 +232,15 @@ func (x *authorization) Authorize(nonce []byte, accept func(approver string, exp
 
 // refuse records a refusal and returns it. If it cannot be recorded, that is
 // the error: the answer is no in any case.
-func (a *Agent) refuse(ctx context.Context, action *scope.Action, cause error, cred *credential) error {
+func (a *Agent) refuse(ctx context.Context, action *scope.Action, cause error, cred *credential, run *scope.Run) error {
 	r, ok := errors.AsType[*scope.Refusal](cause)
 	if !ok {
 		return cause
 	}
 	a.metrics.refused.WithLabelValues(a.name, string(r.Rule)).Inc()
-	if err := a.log.Refuse(ctx, action, r, cred.identity); err != nil {
+	id := cred.identity
+	id.Run = run
+	if err := a.log.Refuse(ctx, action, r, id); err != nil {
 		return err
 	}
 	return r

@@ -9,6 +9,9 @@ import (
 	"os"
 	"strings"
 	"sync"
+	"sync/atomic"
+	"syscall"
+	"time"
 
 	"golang.org/x/sys/unix"
 )
@@ -27,6 +30,9 @@ type peer struct {
 	uid   uint32
 	pid   int32
 	pidfd int
+
+	stranger atomic.Int32 // another process that sent something on the connection; 0: none
+	bound    *binding     // the process was started as an agent; set before the agent's first request
 }
 
 // identify asks the kernel who is at the other end (SO_PEERCRED and, from
@@ -58,18 +64,31 @@ func identify(c *net.UnixConn) (*peer, error) {
 
 func (p *peer) close() { _ = unix.Close(p.pidfd) }
 
+// passCredentials has the kernel state the sender with everything that arrives.
+func passCredentials(c syscall.Conn) error {
+	raw, err := c.SyscallConn()
+	if err != nil {
+		return err
+	}
+	var inner error
+	err = raw.Control(func(fd uintptr) { inner = unix.SetsockoptInt(int(fd), unix.SOL_SOCKET, unix.SO_PASSCRED, 1) })
+	return errors.Join(err, inner)
+}
+
 // alive: the process behind the pidfd still runs, so what /proc says of its
 // number is said of it.
-// A pidfd is readable once its process has ended; unlike a signal, that can be
-// asked of any user's process.
-func (p *peer) alive() bool {
-	fds := []unix.PollFd{{Fd: int32(p.pidfd), Events: unix.POLLIN}}
+func (p *peer) alive() bool { return !ended(uintptr(p.pidfd)) }
+
+// ended: a pidfd is readable once its process has ended; unlike a signal, that
+// can be asked of any user's process. What cannot be asked counts as ended.
+func ended(pidfd uintptr) bool {
+	fds := []unix.PollFd{{Fd: int32(pidfd), Events: unix.POLLIN}}
 	for {
 		n, err := unix.Poll(fds, 0)
 		if errors.Is(err, unix.EINTR) {
 			continue
 		}
-		return err == nil && n == 0
+		return err != nil || n != 0
 	}
 }
 
@@ -132,10 +151,7 @@ func (d *digestCache) of(link string) ([32]byte, error) {
 	if err := unix.Stat(link, &st); err != nil {
 		return [32]byte{}, &os.PathError{Op: "stat", Path: link, Err: err}
 	}
-	d.mu.Lock()
-	sum, ok := d.seen[idOf(&st)]
-	d.mu.Unlock()
-	if ok {
+	if sum, ok := d.known(idOf(&st)); ok {
 		return sum, nil
 	}
 	f, err := os.Open(link)
@@ -143,22 +159,58 @@ func (d *digestCache) of(link string) ([32]byte, error) {
 		return [32]byte{}, err
 	}
 	defer f.Close()
-	// What was opened counts: the process may have executed another file since.
-	if err := unix.Fstat(int(f.Fd()), &st); err != nil {
-		return [32]byte{}, err
+	sum, _, err := d.ofFile(f) // what was opened counts: the process may have executed another file since
+	return sum, err
+}
+
+func (d *digestCache) known(id fileID) (sum [32]byte, ok bool) {
+	d.mu.Lock()
+	defer d.mu.Unlock()
+	sum, ok = d.seen[id]
+	return sum, ok
+}
+
+// ofFile returns the digest of an open file, and by what that file is known.
+func (d *digestCache) ofFile(f *os.File) ([32]byte, fileID, error) {
+	id, err := identityOf(f)
+	if err != nil {
+		return [32]byte{}, id, err
+	}
+	if sum, ok := d.known(id); ok {
+		return sum, id, nil
 	}
 	h := sha256.New()
-	if _, err := io.Copy(h, f); err != nil {
-		return [32]byte{}, err
+	if _, err := io.Copy(h, io.NewSectionReader(f, 0, 1<<62)); err != nil {
+		return [32]byte{}, id, err
 	}
-	sum = [32]byte(h.Sum(nil))
+	sum := [32]byte(h.Sum(nil))
+	again, err := identityOf(f)
+	switch {
+	case err != nil:
+		return [32]byte{}, id, err
+	case again != id:
+		return [32]byte{}, id, fmt.Errorf("%s was changed while it was read", f.Name())
+	case time.Since(time.Unix(id.ctime.Sec, id.ctime.Nsec)) < 2*time.Second:
+		// What changed a moment ago could change once more without its times
+		// showing it, so it is read again the next time.
+		return sum, id, nil
+	}
 	d.mu.Lock()
 	defer d.mu.Unlock()
 	if d.seen == nil || len(d.seen) > 1024 {
 		d.seen = make(map[fileID][32]byte)
 	}
-	d.seen[idOf(&st)] = sum
-	return sum, nil
+	d.seen[id] = sum
+	return sum, id, nil
+}
+
+// identityOf says by what an open file is known.
+func identityOf(f *os.File) (fileID, error) {
+	var st unix.Stat_t
+	if err := unix.Fstat(int(f.Fd()), &st); err != nil {
+		return fileID{}, &os.PathError{Op: "stat", Path: f.Name(), Err: err}
+	}
+	return idOf(&st), nil
 }
 
 func idOf(st *unix.Stat_t) fileID {

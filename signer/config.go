@@ -10,6 +10,7 @@ import (
 	"os"
 	"os/user"
 	"path/filepath"
+	"slices"
 	"strconv"
 	"strings"
 	"time"
@@ -78,6 +79,7 @@ type CallerConfig struct {
 	Executable string `json:"executable,omitempty"`        // path of a file, which is hashed at the start
 	SHA256     string `json:"executable_sha256,omitempty"` // of the executable, hex
 	Unit       string `json:"unit,omitempty"`              // systemd unit
+	Launcher   bool   `json:"launcher,omitzero"`           // it may start the agent (inkan run), and does not act as it
 
 	SPIFFEID string   `json:"spiffe_id,omitempty"` // of a workload on another host
 	Networks []string `json:"networks,omitempty"`  // that it may call from; any by default
@@ -277,13 +279,17 @@ func (c *CallerConfig) validate() error {
 		}
 		c.digest = (*[32]byte)(b)
 	}
+	if c.Launcher && c.digest == nil {
+		return errors.New("a launcher needs executable or executable_sha256: it is believed about the confinement of what it starts")
+	}
 	if c.Unit != "" && !strings.HasSuffix(c.Unit, ".service") && !strings.HasSuffix(c.Unit, ".scope") {
 		return fmt.Errorf("unit %.64q: a name that ends in .service or .scope is expected", c.Unit)
 	}
 	return nil
 }
 
-// disjoint makes sure that no process could be two agents.
+// disjoint makes sure that no process could be two agents. A launcher names
+// the agent that it starts, so it may be the launcher of several.
 func (c *Config) disjoint() error {
 	for i, a := range c.Agents {
 		for _, b := range c.Agents[:i] {
@@ -295,7 +301,7 @@ func (c *Config) disjoint() error {
 						}
 						return fmt.Errorf("agents %s and %s: %s could be both: give each workload an ID of its own", b.Name, a.Name, x.SPIFFEID)
 					}
-					differ := x.uid != y.uid ||
+					differ := x.Launcher || y.Launcher || x.uid != y.uid ||
 						x.digest != nil && y.digest != nil && *x.digest != *y.digest ||
 						x.Unit != "" && y.Unit != "" && x.Unit != y.Unit
 					if !differ {
@@ -312,12 +318,22 @@ func (c *Config) disjoint() error {
 func (c *Config) agentFor(who *caller) (string, bool) {
 	for _, a := range c.Agents {
 		for _, x := range a.Callers {
-			if x.is(who) {
+			if !x.Launcher && x.is(who) {
 				return a.Name, true
 			}
 		}
 	}
 	return "", false
+}
+
+// launches says whether a caller may start the agent with this name.
+func (c *Config) launches(who *caller, agent string) bool {
+	for _, a := range c.Agents {
+		if a.Name == agent {
+			return slices.ContainsFunc(a.Callers, func(x CallerConfig) bool { return x.Launcher && x.is(who) })
+		}
+	}
+	return false
 }
 
 // is says whether a process on this host is one of this kind.

@@ -76,8 +76,8 @@ func (c *RemoteConfig) validate(below func(*string)) error {
 
 // validateRemote checks a caller on another host.
 func (c *CallerConfig) validateRemote() error {
-	if c.User != "" || c.Executable != "" || c.SHA256 != "" || c.Unit != "" {
-		return errors.New("a caller with a spiffe_id is on another host: user, executable and unit say nothing there")
+	if c.User != "" || c.Executable != "" || c.SHA256 != "" || c.Unit != "" || c.Launcher {
+		return errors.New("a caller with a spiffe_id is on another host: user, executable, unit and launcher say nothing there")
 	}
 	var err error
 	if c.id, err = spiffeid.FromString(c.SPIFFEID); err != nil || c.id.Path() == "" {

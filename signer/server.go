@@ -18,6 +18,7 @@ import (
 
 	"github.com/coreos/go-systemd/v22/activation"
 	"github.com/coreos/go-systemd/v22/daemon"
+	"golang.org/x/sys/unix"
 
 	"inkan/audit"
 	"inkan/internal/problem"
@@ -53,7 +54,7 @@ func (s *Signer) Serve(ctx context.Context, ready func()) error {
 		wg.Wait()
 	}()
 
-	errs := make(chan error, 3)
+	errs := make(chan error, 4)
 	servers := []*http.Server{server}
 	if s.remote != nil {
 		rl, err := s.remote.listen()
@@ -74,6 +75,12 @@ func (s *Signer) Serve(ctx context.Context, ready func()) error {
 		servers = append(servers, m)
 		go func() { errs <- m.Serve(ml) }()
 	}
+	// An agent that inkan run has started has one connection for its life, so it may be idle.
+	s.bound = newBoundListener(l.Addr())
+	started := &http.Server{Handler: server.Handler, ReadHeaderTimeout: server.ReadHeaderTimeout, ReadTimeout: server.ReadTimeout, WriteTimeout: server.WriteTimeout, IdleTimeout: -1,
+		MaxHeaderBytes: server.MaxHeaderBytes, ErrorLog: server.ErrorLog, ConnContext: server.ConnContext}
+	servers = append(servers, started)
+	go func() { errs <- started.Serve(s.bound) }()
 	go func() { errs <- server.Serve(&callerListener{l, s.log}) }()
 	ready()
 	notify(daemon.SdNotifyReady)
@@ -106,8 +113,47 @@ type callerListener struct {
 // not be identified. The pidfd lives as long as the connection.
 type callerConn struct {
 	net.Conn
-	peer *peer
-	once sync.Once
+	unix  *net.UnixConn
+	peer  *peer
+	once  sync.Once
+	watch *os.File // ends the connection with its process; nil: the connection is not bound to it
+
+	reading sync.Mutex
+	oob     []byte // guarded by reading
+}
+
+// Read implements net.Conn. The kernel states who sent the bytes, and never joins
+// those of two processes in one read; one stranger spoils the connection. There
+// is no room for descriptors: those that are sent are not taken.
+func (c *callerConn) Read(b []byte) (int, error) {
+	if len(b) == 0 {
+		return 0, nil
+	}
+	c.reading.Lock()
+	defer c.reading.Unlock()
+	n, oobn, _, _, err := c.unix.ReadMsgUnix(b, c.oob[:])
+	if n > 0 && c.peer != nil {
+		if sender := senderOf(c.oob[:oobn]); sender != c.peer.pid {
+			c.peer.stranger.Store(sender)
+		}
+	}
+	return n, err
+}
+
+// senderOf returns the number of the process that sent a message, -1 where it is not stated.
+func senderOf(oob []byte) int32 {
+	messages, err := unix.ParseSocketControlMessage(oob)
+	if err != nil {
+		return -1
+	}
+	for i := range messages {
+		if messages[i].Header.Type == unix.SCM_CREDENTIALS {
+			if cred, err := unix.ParseUnixCredentials(&messages[i]); err == nil && cred.Pid != 0 {
+				return cred.Pid
+			}
+		}
+	}
+	return -1
 }
 
 func (l *callerListener) Accept() (net.Conn, error) {
@@ -115,18 +161,28 @@ func (l *callerListener) Accept() (net.Conn, error) {
 	if err != nil {
 		return nil, err
 	}
-	p, err := identify(c.(*net.UnixConn))
+	u := c.(*net.UnixConn)
+	if err := passCredentials(u); err != nil {
+		return nil, errors.Join(err, c.Close())
+	}
+	p, err := identify(u)
 	if err != nil {
 		l.log.Error("a caller could not be identified", "error", err)
 	}
-	return &callerConn{Conn: c, peer: p}, nil
+	return &callerConn{Conn: c, unix: u, peer: p, oob: make([]byte, unix.CmsgSpace(unix.SizeofUcred))}, nil
 }
 
 func (c *callerConn) Close() error {
 	err := c.Conn.Close()
 	c.once.Do(func() {
+		if c.watch != nil {
+			_ = c.watch.Close() // nothing is written to it
+		}
 		if c.peer != nil {
 			c.peer.close()
+			if c.peer.bound != nil {
+				c.peer.bound.close()
+			}
 		}
 	})
 	return err
@@ -224,6 +280,8 @@ func (s *Signer) handler() http.Handler {
 	}))
 	mux.HandleFunc("POST /v1/checkpoint", s.as(s.postCheckpoint))
 	mux.HandleFunc("GET /v1/checkpoint", s.as(s.getCheckpoint))
+	mux.HandleFunc("GET /v1/starts/{agent}", s.offer)
+	mux.HandleFunc("POST /v1/starts", s.start)
 	mux.HandleFunc("GET /openapi.json", func(w http.ResponseWriter, _ *http.Request) {
 		w.Header().Set("Content-Type", "application/json")
 		_, _ = w.Write(openAPI) // the client may be gone
@@ -261,6 +319,13 @@ func (s *Signer) as(f func(http.ResponseWriter, *http.Request, *Agent)) http.Han
 			}
 			return
 		}
+		p, _ := r.Context().Value(peerKey{}).(*peer)
+		if p != nil && p.bound != nil {
+			if s.alone(w, r, p) {
+				s.asStarted(w, r, p, f)
+			}
+			return
+		}
 		who := s.processOf(w, r)
 		if who == nil {
 			return
@@ -279,6 +344,13 @@ func (s *Signer) processOf(w http.ResponseWriter, r *http.Request) *caller {
 	p, _ := r.Context().Value(peerKey{}).(*peer)
 	if p == nil {
 		s.unknown(w, r, "its process could not be identified", nil)
+		return nil
+	}
+	if !s.alone(w, r, p) {
+		return nil
+	}
+	if p.bound != nil {
+		s.unknown(w, r, "a process that was started as an agent is nothing else", nil)
 		return nil
 	}
 	who, err := p.describe(&s.digests, s.units)
@@ -306,6 +378,36 @@ func (s *Signer) asOperator(f http.HandlerFunc) http.HandlerFunc {
 	}
 }
 
+// alone: nobody but the process that opened the connection has sent on it; otherwise it answers.
+func (s *Signer) alone(w http.ResponseWriter, r *http.Request, p *peer) bool {
+	n := p.stranger.Load()
+	if n != 0 {
+		s.unknown(w, r, fmt.Sprintf("process %d sent something on a connection of process %d: a connection is of use to the process that opened it alone", n, p.pid), nil)
+	}
+	return n == 0
+}
+
+// asStarted serves a process that inkan run has started.
+func (s *Signer) asStarted(w http.ResponseWriter, r *http.Request, p *peer, f func(http.ResponseWriter, *http.Request, *Agent)) {
+	a := p.bound.agent
+	err := p.bound.check(p)
+	if refusal, ok := errors.AsType[*scope.Refusal](err); ok {
+		if cred := a.current.Load(); cred != nil {
+			err = a.refuse(r.Context(), nil, refusal, cred, &p.bound.run)
+		}
+		s.fail(w, err)
+		return
+	}
+	if err != nil {
+		s.unknown(w, r, err.Error(), nil)
+		return
+	}
+	f(w, r.WithContext(context.WithValue(r.Context(), runKey{}, &p.bound.run)), a)
+}
+
+// runKey is for the *scope.Run of a process that was started under confinement.
+type runKey struct{}
+
 func (s *Signer) unknown(w http.ResponseWriter, r *http.Request, why string, who *caller) {
 	s.metrics.callers.Inc()
 	detail := "the caller may not act as any agent: " + why
@@ -329,7 +431,8 @@ func (s *Signer) act(w http.ResponseWriter, r *http.Request, a *Agent) {
 		problem.Write(w, problem.Problem{Status: http.StatusBadRequest, Detail: "the request's body could not be read"})
 		return
 	}
-	signed, err := a.Act(r.Context(), body)
+	run, _ := r.Context().Value(runKey{}).(*scope.Run)
+	signed, err := a.Act(r.Context(), body, run)
 	if err != nil {
 		s.fail(w, err)
 		return

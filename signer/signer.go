@@ -50,7 +50,8 @@ type Signer struct {
 	log     *slog.Logger
 	metrics *metrics
 	digests digestCache
-	units   bool    // some caller is told by its unit
+	units   bool // some caller is told by its unit
+	bound   *boundListener
 	remote  *remote // nil: nobody calls from other hosts
 }
 

@@ -22,13 +22,15 @@ type demo struct {
 	inkan string // the command under demonstration
 	dir   string // everything the demo writes
 	out   io.Writer
-	quiet bool // no narration: the result goes out as JSON
+	quiet bool   // no narration: the result goes out as JSON
+	layer string // of the attacks that follow; empty in the demo
 	rows  []row
 	procs []*process
 }
 
 // row is the outcome of one attack.
 type row struct {
+	Layer   string `json:"layer,omitempty"`
 	Attack  string `json:"attack"`
 	Refused bool   `json:"refused"`
 	By      string `json:"by"`     // who should refuse
@@ -149,7 +151,7 @@ func (d *demo) attack(name, by, check string, do func() (accepted bool, said str
 		return fmt.Errorf("attack %q could not be carried out: %w", name, err)
 	}
 	said = strings.Join(strings.Fields(said), " ")
-	r := row{Attack: name, By: by, Check: check, Detail: d.short(said), Refused: !accepted && strings.Contains(said, check)}
+	r := row{Layer: d.layer, Attack: name, By: by, Check: check, Detail: d.short(said), Refused: !accepted && strings.Contains(said, check)}
 	d.rows = append(d.rows, r)
 	mark := "refused"
 	if !r.Refused {
@@ -183,9 +185,9 @@ func (d *demo) finish() error {
 	} else {
 		d.title("Attacks")
 		w := tabwriter.NewWriter(d.out, 0, 0, 2, ' ', 0)
-		fmt.Fprintln(w, "   attack\trefused\tby\tcheck")
+		fmt.Fprintln(w, "   attack\trefused\tby\tcheck\tlayer")
 		for _, r := range d.rows {
-			fmt.Fprintf(w, "   %s\t%v\t%s\t%s\n", r.Attack, r.Refused, r.By, r.Check)
+			fmt.Fprintf(w, "   %s\t%v\t%s\t%s\t%s\n", r.Attack, r.Refused, r.By, r.Check, r.Layer)
 		}
 		if err := w.Flush(); err != nil {
 			return err

@@ -51,6 +51,10 @@ func newApp(stdout, stderr io.Writer) *cli.App {
 			{Name: "bench", Usage: "speed beside the raw device and the standard library", Flags: []cli.Flag{inkan, asJSON, &cli.DurationFlag{Name: "time", Value: 3 * time.Second, Usage: "`DURATION` of each measurement"}}, Action: func(c *cli.Context) error {
 				return runBench(c.Context, stdout, c.String("inkan"), c.Duration("time"), c.Bool("json"))
 			}},
+			{Name: "attack", Usage: "attacks on each layer, with the others switched off; fails unless all are refused", Flags: []cli.Flag{inkan, asJSON, &cli.StringSliceFlag{Name: "family", Usage: "only these `NAMES`: " + familyNames()}}, Action: func(c *cli.Context) error {
+				return runAttack(c.Context, stdout, c.String("inkan"), c.StringSlice("family"), c.Bool("json"))
+			}},
+			{Name: "probe", Hidden: true, Usage: "one attack from inside a confined agent", ArgsUsage: "NAME arguments", Action: func(c *cli.Context) error { return runProbe(stdout, c.Args().Slice()) }},
 			{Name: "crash", Usage: "orders from many clients while the signer is killed again and again", Flags: []cli.Flag{inkan, asJSON,
 				&cli.IntFlag{Name: "orders", Value: 2000, Usage: "`COUNT`"}, &cli.IntFlag{Name: "clients", Value: 16, Usage: "`COUNT`"}, &cli.IntFlag{Name: "kills", Value: 5, Usage: "`COUNT`"}},
 				Action: func(c *cli.Context) error {

@@ -25,6 +25,7 @@ type world struct {
 	addresses struct{ Agent, Admin, Public string }
 	agents    []string
 	lifetime  string // of certificates
+	scope     string // of the agents, YAML
 	signer    *process
 	keptJWS   string // signed and not shown to the venue yet
 	hsm       *simulator.SoftHSM
@@ -61,7 +62,7 @@ func newWorld(out io.Writer, inkan string, quiet bool) (*world, error) {
 	if err != nil {
 		return nil, err
 	}
-	return &world{demo: &demo{inkan: bin, dir: dir, out: out, quiet: quiet}, agents: []string{"mm-07"}, lifetime: "24h"}, nil
+	return &world{demo: &demo{inkan: bin, dir: dir, out: out, quiet: quiet}, agents: []string{"mm-07"}, lifetime: "24h", scope: scopeYAML}, nil
 }
 
 func (w *world) end() {
@@ -152,7 +153,7 @@ func (w *world) startReady(name string, ready any, args ...string) (*process, er
 // inventory tells the issuer of the device, its state and the agents.
 func (w *world) inventory(ctx context.Context) error {
 	dir := w.path("issuer")
-	if err := w.write("scope.yaml", scopeYAML); err != nil {
+	if err := w.write("scope.yaml", w.scope); err != nil {
 		return err
 	}
 	if _, err := w.run(ctx, "tpm", "info", "--tpm", w.tpm.Address, "--ek-certificate-out", w.path("ek.pem")); err != nil {

@@ -31,7 +31,12 @@ type exit struct {
 	err  error
 }
 
-func (e *exit) Error() string { return e.err.Error() }
+func (e *exit) Error() string {
+	if e.err == nil {
+		return fmt.Sprintf("exit code %d", e.code)
+	}
+	return e.err.Error()
+}
 func (e *exit) Unwrap() error { return e.err }
 
 // withCode marks err with an exit code; nil stays nil.
@@ -118,8 +123,12 @@ func run(ctx context.Context, args []string, e *env) int {
 	if err == nil {
 		return 0
 	}
+	x, ok := errors.AsType[*exit](err)
+	if ok && x.err == nil { // another process has said why
+		return x.code
+	}
 	fmt.Fprintf(e.stderr, "inkan: %v\n", err)
-	if x, ok := errors.AsType[*exit](err); ok {
+	if ok {
 		return x.code
 	}
 	return exitError

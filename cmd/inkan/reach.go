@@ -32,6 +32,10 @@ func theSigner(c *cli.Context) (*client.Client, error) {
 				return nil, usage("--%s is for a signer on another host: --url is missing", f)
 			}
 		}
+		// Under inkan run the connection is there already, and there is no other.
+		if os.Getenv(client.Variable) != "" && !c.IsSet("socket") {
+			return client.FromEnv()
+		}
 		return client.New(c.String("socket")), nil
 	}
 	ca, err := required(c, "signer-ca")

@@ -1,0 +1,61 @@
+package main
+
+import (
+	"context"
+	"fmt"
+	"io"
+	"slices"
+	"strings"
+)
+
+// family is a group of attacks on one layer. Its run sets up in w what it
+// needs, carries each attack out with w.attack, and leaves nothing behind but what w.end removes.
+type family struct {
+	name  string
+	about string
+	run   func(ctx context.Context, w *world) error
+}
+
+// families are all attacks. A family has a file of its own: attack_NAME.go.
+var families = []family{
+	{"os", "from inside a confined agent", attackOS},
+}
+
+func familyNames() string {
+	var names []string
+	for _, f := range families {
+		names = append(names, f.name)
+	}
+	return strings.Join(names, ", ")
+}
+
+// runAttack carries out the families named, all if none is, and fails unless
+// all attacks were refused.
+func runAttack(ctx context.Context, out io.Writer, inkan string, names []string, asJSON bool) error {
+	for _, n := range names {
+		if !slices.ContainsFunc(families, func(f family) bool { return f.name == n }) {
+			return fmt.Errorf("--family %s: there are %s", n, familyNames())
+		}
+	}
+	total := &demo{out: out, quiet: asJSON}
+	for _, f := range families {
+		if len(names) > 0 && !slices.Contains(names, f.name) {
+			continue
+		}
+		total.title("%s: %s", f.name, f.about)
+		if err := func() error {
+			w, err := newWorld(out, inkan, asJSON)
+			if err != nil {
+				return err
+			}
+			defer w.end()
+			w.layer = f.name
+			err = f.run(ctx, w)
+			total.rows = append(total.rows, w.rows...)
+			return err
+		}(); err != nil {
+			return fmt.Errorf("attacks on %s: %w", f.name, err)
+		}
+	}
+	return total.finish()
+}
