@@ -37,6 +37,10 @@ func (s *Signer) Serve(ctx context.Context, ready func()) error {
 	if err != nil {
 		return err
 	}
+	// Connections inherit it, so that nothing arrives on them before it holds.
+	if err := passCredentials(l.(*net.UnixListener)); err != nil {
+		return errors.Join(err, l.Close())
+	}
 	server := &http.Server{
 		Handler: s.handler(), ReadHeaderTimeout: 10 * time.Second, ReadTimeout: 30 * time.Second, WriteTimeout: 60 * time.Second, IdleTimeout: 10 * time.Minute, MaxHeaderBytes: 16 << 10, ErrorLog: slog.NewLogLogger(s.log.Handler(), slog.LevelWarn),
 		ConnContext: func(ctx context.Context, c net.Conn) context.Context {
@@ -162,9 +166,6 @@ func (l *callerListener) Accept() (net.Conn, error) {
 		return nil, err
 	}
 	u := c.(*net.UnixConn)
-	if err := passCredentials(u); err != nil {
-		return nil, errors.Join(err, c.Close())
-	}
 	p, err := identify(u)
 	if err != nil {
 		l.log.Error("a caller could not be identified", "error", err)
