@@ -36,13 +36,14 @@ type Expectation struct {
 	Binding      []byte     // exporter of the TLS channel that the evidence came over
 	Secret       []byte     // inside the credential; nil: the AK is on record
 	Endorsement  *Endorsement
-	SRK          []byte // TPMT_PUBLIC from the Hello, on record after the first time
-	AK           []byte // likewise
-	AuthPolicy   []byte // of keys in local mode
-	ApproverAuth []byte // authPolicy of keys in approver mode
-	Clock        *Clock // of the last accepted evidence; nil at first
-	UnsafeClock  bool   // the device's record allows a clock that is not safe
-	MinFirmware  uint64 // the firmware must not be older; 0: any
+	SRK          []byte         // TPMT_PUBLIC from the Hello, on record after the first time
+	AK           []byte         // likewise
+	AuthPolicy   []byte         // of keys in local mode
+	ApproverAuth []byte         // authPolicy of keys in approver mode
+	Clock        *Clock         // of the last accepted evidence; nil at first
+	UnsafeClock  bool           // the device's record allows a clock that is not safe
+	MinFirmware  uint64         // the firmware must not be older; 0: any
+	VendorRoots  *x509.CertPool // for what an HSM's maker says of a key
 	AppraisalNow time.Time
 }
 
@@ -50,6 +51,7 @@ type Expectation struct {
 type CertifiedKey struct {
 	Purpose    string
 	Protection string // ProtectionHSM, or empty: in the TPM
+	Vendor     string // of a key in an HSM: the format of the evidence that proved it; empty: its host says so
 	Mode       string // of a key in the TPM
 	PublicKey  crypto.PublicKey
 	CSR        *x509.CertificateRequest // nil for a key in approver mode
@@ -229,7 +231,7 @@ func (a *appraisal) key(want KeyRequest, ev *KeyEvidence) (*CertifiedKey, error)
 		return nil, refuse("K2", "a key for %q was asked for, one for %.16q is there", want.Purpose, ev.Purpose)
 	}
 	if want.Protection == ProtectionHSM {
-		return hsmKey(want, ev)
+		return a.hsmKey(want, ev)
 	}
 	if len(ev.SPKI) != 0 || ev.Certify == nil {
 		return nil, refuse("K1", "a key in the TPM was asked for, and the TPM does not certify this one")
@@ -328,8 +330,9 @@ func (a *appraisal) certified(ev *KeyEvidence, name []byte) error {
 }
 
 // hsmKey is a key in an HSM of the host. That it is in the HSM is what the
-// host declares; that this host asks for it, in this state, the quote shows (K2, Q3, G8).
-func hsmKey(want KeyRequest, ev *KeyEvidence) (*CertifiedKey, error) {
+// host declares, unless the HSM's maker says so (H1 to H9); that this host asks
+// for it, in this state, the quote shows (K2, Q3, G8).
+func (a *appraisal) hsmKey(want KeyRequest, ev *KeyEvidence) (*CertifiedKey, error) {
 	if len(ev.Public) != 0 || ev.Certify != nil {
 		return nil, refuse("K2", "a key in an HSM was asked for, one in the TPM is there")
 	}
@@ -360,7 +363,14 @@ func hsmKey(want KeyRequest, ev *KeyEvidence) (*CertifiedKey, error) {
 	if err != nil {
 		return nil, err
 	}
-	return &CertifiedKey{Purpose: want.Purpose, Protection: ProtectionHSM, PublicKey: key, CSR: csr}, nil
+	if want.Vendor != "" {
+		if err := VerifyVendor(want.Vendor, ev.Vendor, ev.SPKI, a.x.VendorRoots, a.x.AppraisalNow); err != nil {
+			return nil, err
+		}
+	} else if len(ev.Vendor) > 0 {
+		return nil, refuse("H1", "a vendor's evidence is there, and none was asked for: the inventory says how such a key is attested")
+	}
+	return &CertifiedKey{Purpose: want.Purpose, Protection: ProtectionHSM, Vendor: want.Vendor, PublicKey: key, CSR: csr}, nil
 }
 
 // same compares keys of any kind.

@@ -47,6 +47,7 @@ type KeyRequest struct {
 	Purpose    string `json:"purpose"`
 	Protection string `json:"protection,omitempty"` // ProtectionHSM, or empty for a key in the TPM
 	Mode       string `json:"mode,omitempty"`       // ModeApprover, or empty: local
+	Vendor     string `json:"vendor,omitempty"`     // of a key in an HSM: the format of the evidence that is asked for
 	Template   []byte `json:"template,omitempty"`   // of a key in the TPM: TPMT_PUBLIC; unique is empty
 }
 
@@ -75,6 +76,7 @@ type KeyEvidence struct {
 	Purpose string    `json:"purpose"`
 	Public  []byte    `json:"public,omitempty"`  // of a key in the TPM
 	SPKI    []byte    `json:"spki,omitempty"`    // of a key in an HSM: DER SubjectPublicKeyInfo
+	Vendor  []byte    `json:"vendor,omitempty"`  // of a key in an HSM: what its maker says of it
 	CSR     []byte    `json:"csr,omitempty"`     // DER PKCS#10, signed by the key; of a key in approver mode none
 	Certify *Attested `json:"certify,omitempty"` // of a key in the TPM
 }

@@ -175,7 +175,7 @@ func (i *Issuer) challenge(ctx context.Context, d *Device, a *Agent) (*attest.Ch
 	}
 	switch {
 	case a.HSM:
-		c.Keys = []attest.KeyRequest{{Purpose: attest.PurposeAction, Protection: attest.ProtectionHSM}}
+		c.Keys = []attest.KeyRequest{{Purpose: attest.PurposeAction, Protection: attest.ProtectionHSM, Vendor: a.Vendor}}
 	case a.Approver:
 		c.Keys = []attest.KeyRequest{{Purpose: attest.PurposeAction, Mode: attest.ModeApprover, Template: attest.KeyTemplate(i.auth[attest.ModeApprover])}}
 	default:
@@ -200,7 +200,7 @@ func (i *Issuer) finish(ctx context.Context, ev *attest.Evidence, binding []byte
 	}
 	result, err := attest.Appraise(&attest.Expectation{
 		Challenge: x.challenge, Binding: binding, Secret: x.secret, Endorsement: x.endorsement, AK: x.hello.AKPublic, SRK: x.hello.SRKPublic,
-		AuthPolicy: i.auth[attest.ModeLocal], ApproverAuth: i.auth[attest.ModeApprover], Clock: x.device.clock, UnsafeClock: x.device.UnsafeClock, MinFirmware: uint64(x.device.MinFirmware), AppraisalNow: i.now(),
+		AuthPolicy: i.auth[attest.ModeLocal], ApproverAuth: i.auth[attest.ModeApprover], Clock: x.device.clock, UnsafeClock: x.device.UnsafeClock, MinFirmware: uint64(x.device.MinFirmware), AppraisalNow: i.now(), VendorRoots: a.vendorRoots(),
 	}, ev)
 	if err != nil {
 		return nil, err
@@ -255,8 +255,12 @@ func (i *Issuer) grant(ctx context.Context, a *Agent, x *session, r *attest.Resu
 				o.attestation.Mode = attest.ModeApprover
 			}
 			if k.Protection == attest.ProtectionHSM {
-				// Nothing but the host says so: its TPM vouches for the host alone.
+				// The host's TPM vouches for the host alone: that the key is in the
+				// HSM is what the host says, or what the HSM's maker does.
 				o.attestation.Protection = certext.ProtectionHSMDeclared
+				if k.Vendor != "" {
+					o.attestation.Protection = certext.ProtectionHSMAttested
+				}
 			}
 		}
 		c, err := i.issue(ctx, o)

@@ -2,6 +2,7 @@ package issuer
 
 import (
 	"context"
+	"crypto/x509"
 	"database/sql"
 	"encoding/hex"
 	"errors"
@@ -42,6 +43,8 @@ CREATE TABLE agent(
 	tls     INTEGER NOT NULL,
 	hsm     INTEGER NOT NULL,            -- the action key is in an HSM
 	approver INTEGER NOT NULL,           -- the action key is in approver mode
+	vendor  TEXT NOT NULL,               -- format of the evidence that an HSM's maker must give; empty: none
+	vendor_roots TEXT NOT NULL,          -- PEM
 	status  TEXT NOT NULL CHECK (status IN ('active', 'suspended', 'retired')),
 	created INTEGER NOT NULL
 ) STRICT;
@@ -111,6 +114,9 @@ type Agent struct {
 	HSM      bool   `json:"hsm,omitzero"`      // its action key is in an HSM of the host, not in the TPM
 	Approver bool   `json:"approver,omitzero"` // its action key is in approver mode, and it has a TLS certificate
 	Status   string `json:"status,omitzero"`   // active, suspended, retired
+
+	Vendor      string `json:"vendor,omitzero"`       // with HSM: the format of the evidence that the HSM's maker must give, or empty
+	VendorRoots string `json:"vendor_roots,omitzero"` // PEM, that its evidence must lead to
 }
 
 // Statuses of agents.
@@ -341,11 +347,14 @@ func (s *store) addAgent(ctx context.Context, a Agent, now time.Time) error {
 	if a.HSM && a.Approver {
 		return fmt.Errorf("agent %.80s: %w: a key in an HSM cannot be in approver mode: only a TPM demands authorizations", a.Name, ErrInvalid)
 	}
+	if err := a.validVendor(); err != nil {
+		return fmt.Errorf("agent %.80s: %w: %w", a.Name, ErrInvalid, err)
+	}
 	if !validID(a.Name) {
 		return fmt.Errorf("agent name %.80q: %w: %s", a.Name, ErrInvalid, idRule)
 	}
 	return s.inTx(ctx, func(tx *sql.Tx) error {
-		_, err := tx.ExecContext(ctx, "INSERT INTO agent(name, device, scope, tls, hsm, approver, status, created) VALUES(?, ?, ?, ?, ?, ?, ?, ?)", a.Name, a.Device, sc.Canonical(), a.TLS, a.HSM, a.Approver, Active, now.Unix())
+		_, err := tx.ExecContext(ctx, "INSERT INTO agent(name, device, scope, tls, hsm, approver, vendor, vendor_roots, status, created) VALUES(?, ?, ?, ?, ?, ?, ?, ?, ?, ?)", a.Name, a.Device, sc.Canonical(), a.TLS, a.HSM, a.Approver, a.Vendor, a.VendorRoots, Active, now.Unix())
 		if err := constraint(err, "agent "+a.Name); err != nil {
 			return err
 		}
@@ -353,16 +362,45 @@ func (s *store) addAgent(ctx context.Context, a Agent, now time.Time) error {
 	})
 }
 
+// validVendor: a vendor's evidence needs its roots, and an HSM.
+func (a *Agent) validVendor() error {
+	switch {
+	case a.Vendor == "" && a.VendorRoots == "":
+		return nil
+	case !a.HSM:
+		return errors.New("a vendor's evidence is for a key in an HSM")
+	case a.Vendor != attest.VendorYubiHSM2 && a.Vendor != attest.VendorPKIX:
+		return fmt.Errorf("vendor %.16q: %s or %s is expected", a.Vendor, attest.VendorYubiHSM2, attest.VendorPKIX)
+	}
+	if _, err := attest.ParseCertificates([]byte(a.VendorRoots)); err != nil {
+		return fmt.Errorf("the roots of the vendor's evidence: %w", err)
+	}
+	return nil
+}
+
+// vendorRoots returns the roots as a pool; nil where there are none.
+func (a *Agent) vendorRoots() *x509.CertPool {
+	list, err := attest.ParseCertificates([]byte(a.VendorRoots))
+	if a.Vendor == "" || err != nil {
+		return nil // without roots nothing is accepted
+	}
+	p := x509.NewCertPool()
+	for _, c := range list {
+		p.AddCert(c)
+	}
+	return p
+}
+
 func scanAgent(row interface{ Scan(...any) error }) (*Agent, error) {
 	var a Agent
 	var sc []byte
-	err := row.Scan(&a.Name, &a.Device, &sc, &a.TLS, &a.HSM, &a.Approver, &a.Status)
+	err := row.Scan(&a.Name, &a.Device, &sc, &a.TLS, &a.HSM, &a.Approver, &a.Vendor, &a.VendorRoots, &a.Status)
 	a.Scope = string(sc)
 	return &a, err
 }
 
 func (s *store) agent(ctx context.Context, name string) (*Agent, error) {
-	a, err := scanAgent(s.db.QueryRowContext(ctx, "SELECT name, device, scope, tls, hsm, approver, status FROM agent WHERE name = ?", name))
+	a, err := scanAgent(s.db.QueryRowContext(ctx, "SELECT name, device, scope, tls, hsm, approver, vendor, vendor_roots, status FROM agent WHERE name = ?", name))
 	if errors.Is(err, sql.ErrNoRows) {
 		return nil, fmt.Errorf("agent %.80q: %w", name, ErrNotFound)
 	}
@@ -370,7 +408,7 @@ func (s *store) agent(ctx context.Context, name string) (*Agent, error) {
 }
 
 func (s *store) agents(ctx context.Context) ([]*Agent, error) {
-	return list(ctx, s.db, func(r *sql.Rows) (*Agent, error) { return scanAgent(r) }, "SELECT name, device, scope, tls, hsm, approver, status FROM agent ORDER BY name")
+	return list(ctx, s.db, func(r *sql.Rows) (*Agent, error) { return scanAgent(r) }, "SELECT name, device, scope, tls, hsm, approver, vendor, vendor_roots, status FROM agent ORDER BY name")
 }
 
 // setStatus suspends, resumes or retires an agent. Whatever is not active has

@@ -61,7 +61,8 @@ type ApproverConfig struct {
 // AgentConfig is one agent that the signer serves.
 type AgentConfig struct {
 	Name              string         `json:"name"`
-	Key               string         `json:"key,omitempty"` // pkcs11: URI of the action key, if it is not in the TPM
+	Key               string         `json:"key,omitempty"`          // pkcs11: URI of the action key, if it is not in the TPM
+	KeyEvidence       string         `json:"key_evidence,omitempty"` // file with what the HSM's maker says of the key
 	Callers           []CallerConfig `json:"callers"`
 	StatementLifetime string         `json:"statement_lifetime,omitempty"`  // 30s by default, at most 5m
 	ReferencePrices   string         `json:"reference_prices,omitempty"`    // file
@@ -218,6 +219,10 @@ func (a *AgentConfig) validate(below func(*string)) error {
 	if a.Key != "" && !strings.HasPrefix(a.Key, "pkcs11:") {
 		return fmt.Errorf("key %.32q: a pkcs11: URI is expected; without one the key is in the TPM", a.Key)
 	}
+	if a.KeyEvidence != "" && a.Key == "" {
+		return errors.New("key_evidence is for a key in an HSM, which key names")
+	}
+	below(&a.KeyEvidence)
 	if a.MaxConcurrent == 0 {
 		a.MaxConcurrent = 64
 	}

@@ -109,6 +109,24 @@ func (h *host) external(ctx context.Context, agent string) (map[string]crypto.Si
 	return nil, nil
 }
 
+// vouched adds what the HSM's maker says of the key, where there is such a file.
+func (h *host) vouched(agent string, external map[string]crypto.Signer) (map[string]crypto.Signer, error) {
+	for _, a := range h.config.Agents {
+		if a.Name != agent || a.KeyEvidence == "" || external == nil {
+			continue
+		}
+		b, err := os.ReadFile(a.KeyEvidence)
+		if err != nil {
+			return nil, fmt.Errorf("key_evidence: %w", err)
+		}
+		if len(b) > attest.MaxVendor {
+			return nil, fmt.Errorf("key_evidence %s: %d bytes, at most %d are allowed", a.KeyEvidence, len(b), attest.MaxVendor)
+		}
+		return map[string]crypto.Signer{attest.PurposeAction: attester.WithVendor(external[attest.PurposeAction], b)}, nil
+	}
+	return external, nil
+}
+
 // unseal opens a PIN that was sealed under the policies of the agent's issuer.
 // The host may be in a state that was approved since it last asked.
 func (h *host) unseal(ctx context.Context, agent string, file []byte) ([]byte, error) {
@@ -179,7 +197,11 @@ func (h *host) enrol(ctx context.Context, agent string) ([]*x509.Certificate, ti
 	if err != nil {
 		return nil, time.Time{}, err
 	}
-	out, err := attester.Run(ctx, h.issuer, h.dev, agent, keys, external, state.SaveKeys)
+	vouched, err := h.vouched(agent, external)
+	if err != nil {
+		return nil, time.Time{}, err
+	}
+	out, err := attester.Run(ctx, h.issuer, h.dev, agent, keys, vouched, state.SaveKeys)
 	if err != nil {
 		return nil, time.Time{}, err
 	}
