@@ -21,6 +21,7 @@ var allowed = map[string][]string{
 	"cmd/inkan":           {"*"},
 	"confine":             {"scope", "github.com/elastic/go-seccomp-bpf", "github.com/landlock-lsm/go-landlock", "golang.org/x/net", "golang.org/x/sys"},
 	"cmd/inkan-sim":       {"*", "simulator"},
+	"examples/bot":        {},
 	"hsm":                 {"internal/strictjson", "github.com/ThalesGroup/crypto11", "github.com/miekg/pkcs11"},
 	"internal/attester":   {"attest", "tpm", "internal/problem", "internal/strictjson"},
 	"internal/certext":    {"internal/strictjson"},
