@@ -19,6 +19,7 @@ type family struct {
 // families are all attacks. A family has a file of its own: attack_NAME.go.
 var families = []family{
 	{"os", "from inside a confined agent", attackOS},
+	{"limits", "an agent that wants more than its limits give", attackLimits},
 }
 
 func familyNames() string {
