@@ -149,7 +149,9 @@ func (l *limits) used(ctx context.Context, limit scope.Rule, key string) (string
 	if r.code != 0 {
 		return "", errors.New(r.stderr)
 	}
-	var status struct{ Agents []struct{ Utilisation []scope.Utilisation } }
+	var status struct {
+		Agents []struct{ Utilisation []scope.Utilisation }
+	}
 	if err := json.Unmarshal([]byte(r.stdout), &status); err != nil {
 		return "", err
 	}
