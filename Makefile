@@ -9,7 +9,7 @@ TOOLS := swtpm=swtpm swtpm_setup=swtpm-tools certtool=gnutls-bin softhsm2-util=s
 	openssl=openssl curl=curl strace=strace gcc=gcc node=nodejs /usr/bin/python3=python3
 
 .DEFAULT_GOAL := help
-.PHONY: help build nocgo tools demo test lint bench attack crash fuzz clean
+.PHONY: help build nocgo tools demo test lint bench attack crash storm fuzz clean
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## /{printf "  make %-8s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -35,14 +35,17 @@ lint: ## gofmt, vet, staticcheck
 	$(GO) vet ./...
 	$(GO) tool -modfile=internal/tools/go.mod staticcheck ./...
 
-bench: tools build ## speed beside the raw device and the standard library, as ratios
-	$(BIN)/inkan-sim bench --inkan $(BIN)/inkan $(if $(JSON),--json)
+bench: tools build ## speed beside the raw device and the standard library, as ratios; ONLY=token for one section
+	$(BIN)/inkan-sim bench --inkan $(BIN)/inkan $(if $(ONLY),--only $(ONLY)) $(if $(JSON),--json)
 
 attack: tools build ## attacks on each layer; FAMILY=os for one of them
 	$(BIN)/inkan-sim attack --inkan $(BIN)/inkan $(if $(FAMILY),--family $(FAMILY)) $(if $(JSON),--json)
 
 crash: tools build ## 2000 orders from 16 clients while the signer is killed with -9 five times
 	$(BIN)/inkan-sim crash --inkan $(BIN)/inkan $(if $(JSON),--json)
+
+storm: tools build ## 20000 orders from 16 clients while the token with the key hangs, crashes, vanishes and lies
+	$(BIN)/inkan-sim storm --inkan $(BIN)/inkan $(if $(JSON),--json)
 
 FUZZTIME ?= 30s
 fuzz: tools ## every fuzz target for FUZZTIME (30s)

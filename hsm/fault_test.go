@@ -6,8 +6,6 @@ import (
 	"errors"
 	"fmt"
 	"os"
-	"os/exec"
-	"path/filepath"
 	"strings"
 	"testing"
 	"time"
@@ -19,42 +17,35 @@ import (
 // faulty is a SoftHSM behind the module that does harm on demand.
 type faulty struct {
 	*simulator.SoftHSM
-	control string
-	opt     hsm.Options
+	module *simulator.FaultModule
+	opt    hsm.Options
 }
 
 func newFaulty(t *testing.T) *faulty {
 	t.Helper()
-	headers, err := exec.Command("go", "list", "-m", "-f", "{{.Dir}}", "github.com/miekg/pkcs11").Output()
+	f := &faulty{SoftHSM: simulator.SoftHSMForTest(t)}
+	m, err := simulator.NewFaultModule(t.Context(), f.SoftHSM)
 	if err != nil {
 		t.Fatal(err)
 	}
-	f := &faulty{SoftHSM: simulator.SoftHSMForTest(t)}
-	f.control = filepath.Join(f.Dir, "fault")
+	f.module = m
 	f.opt = options(f.SoftHSM)
-	f.opt.Module = filepath.Join(f.Dir, "fault.so")
+	f.opt.Module = m.Module
 	f.opt.Timeout = time.Second
-	f.opt.Env = append(f.opt.Env, "INKAN_FAULT_MODULE="+f.Module, "INKAN_FAULT_CONTROL="+f.control)
-	out, err := exec.Command("gcc", "-shared", "-fPIC", "-Wall", "-Werror", "-O1", "-I"+strings.TrimSpace(string(headers)), "-o", f.opt.Module, "faultmodule/fault.c", "-ldl").CombinedOutput()
-	if err != nil {
-		t.Fatalf("gcc (apt-get install gcc libc6-dev): %v: %s", err, out)
-	}
+	f.opt.Env = append(f.opt.Env, m.Env()...)
 	return f
 }
 
 func (f *faulty) set(t *testing.T, line string) {
 	t.Helper()
-	if err := os.WriteFile(f.control+".new", []byte(line+"\n"), 0o600); err != nil {
-		t.Fatal(err)
-	}
-	if err := os.Rename(f.control+".new", f.control); err != nil {
+	if err := f.module.Set(line); err != nil {
 		t.Fatal(err)
 	}
 }
 
 func (f *faulty) heal(t *testing.T) {
 	t.Helper()
-	if err := os.Remove(f.control); err != nil && !errors.Is(err, os.ErrNotExist) {
+	if err := f.module.Heal(); err != nil {
 		t.Fatal(err)
 	}
 }

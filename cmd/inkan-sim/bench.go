@@ -17,6 +17,7 @@ import (
 	"path/filepath"
 	"runtime"
 	"slices"
+	"strings"
 	"sync"
 	"sync/atomic"
 	"text/tabwriter"
@@ -89,9 +90,10 @@ type bench struct {
 	rows []measurement
 	out  io.Writer
 
+	inkan string   // the command under test
 	notes []string // lines below the table
 
-	policy, alone, wire, check, commit *measurement // the parts of one signed action
+	raw, policy, alone, wire, check, commit *measurement // the parts of one signed action
 }
 
 func (b *bench) run(name string, clients int, beside *measurement, f func(int) error) (*measurement, error) {
@@ -106,8 +108,84 @@ func (b *bench) run(name string, clients int, beside *measurement, f func(int) e
 	return &m, nil
 }
 
-func runBench(ctx context.Context, out io.Writer, inkan string, d time.Duration, asJSON bool) error {
-	w, err := newWorld(out, inkan, true)
+// sections are what can be measured, in the order of the table. One with a world
+// or tools of its own has a file of its own: bench_NAME.go.
+var sections = []section{
+	{"action", "a signed action, the key in swtpm, beside TPM2_Sign", (*bench).action},
+	{"verify", "a receiver beside ecdsa.Verify", (*bench).verify},
+	{"record", "the durable record alone", (*bench).record},
+	{"appraise", "the appraisal of evidence alone", (*bench).appraise},
+	{"token", "a signed action, the key in SoftHSM, beside C_Sign", (*bench).token},
+	{"slow-token", "a token of 5 ms a signature, as a cloud's is", (*bench).slowToken},
+}
+
+// section is a part of the table.
+type section struct {
+	name  string
+	about string
+	run   func(b *bench, ctx context.Context) error
+}
+
+func sectionNames() string {
+	var names []string
+	for _, s := range sections {
+		names = append(names, s.name)
+	}
+	return strings.Join(names, ", ")
+}
+
+// runBench measures the sections that only names, or all.
+func runBench(ctx context.Context, out io.Writer, inkan string, d time.Duration, only []string, asJSON bool) error {
+	for _, n := range only {
+		if !slices.ContainsFunc(sections, func(s section) bool { return s.name == n }) {
+			return fmt.Errorf("--only %s: there are %s", n, sectionNames())
+		}
+	}
+	b := &bench{d: d, out: out, inkan: inkan}
+	for _, s := range sections {
+		if len(only) > 0 && !slices.Contains(only, s.name) {
+			continue
+		}
+		if err := s.run(b, ctx); err != nil {
+			return fmt.Errorf("%s: %w", s.name, err)
+		}
+	}
+	b.explain()
+	if asJSON {
+		return printJSON(out, map[string]any{"cores": runtime.NumCPU(), "seconds": d.Seconds(), "rows": b.rows, "notes": b.notes})
+	}
+	tw := tabwriter.NewWriter(out, 0, 0, 2, ' ', tabwriter.AlignRight)
+	fmt.Fprintf(out, "%d cores, swtpm, every measurement for %s\n", runtime.NumCPU(), d)
+	fmt.Fprintln(tw, "what\tclients\tp50\tp99\tper second\tmedian is\t")
+	for _, m := range b.rows {
+		ratio := ""
+		if m.Beside != "" {
+			ratio = fmt.Sprintf("%.2f x %s", m.Ratio, m.Beside)
+		}
+		fmt.Fprintf(tw, "%s\t%d\t%s\t%s\t%.0f\t%s\t\n", m.Name, m.Clients, m.P50.Round(time.Microsecond), m.P99.Round(time.Microsecond), m.PerSecond, ratio)
+	}
+	if err := tw.Flush(); err != nil {
+		return err
+	}
+	for _, n := range b.notes {
+		fmt.Fprintln(out, n)
+	}
+	return nil
+}
+
+// explain says where the time of a signed action goes, if its parts were measured.
+func (b *bench) explain() {
+	if b.alone == nil || b.check == nil || b.commit == nil {
+		return
+	}
+	rest := b.alone.P50 - b.policy.P50 - b.commit.P50 - b.check.P50 - b.wire.P50
+	b.notes = append(b.notes, fmt.Sprintf("Of a signed action's %s alone: the TPM %s (of which its policy %s), the durable record %s, checking the signature %s,\nHTTP and JSON %s, and %s for identifying the caller, parsing, the scope and waiting between them.",
+		b.alone.P50.Round(time.Microsecond), b.policy.P50.Round(time.Microsecond), (b.policy.P50-b.raw.P50).Round(time.Microsecond), b.commit.P50.Round(time.Microsecond), b.check.P50.Round(time.Microsecond), b.wire.P50.Round(time.Microsecond), rest.Round(time.Microsecond)))
+}
+
+// action measures a signer whose key is in swtpm beside the TPM itself.
+func (b *bench) action(ctx context.Context) error {
+	w, err := newWorld(b.out, b.inkan, true)
 	if err != nil {
 		return err
 	}
@@ -124,44 +202,13 @@ func runBench(ctx context.Context, out io.Writer, inkan string, d time.Duration,
 			return err
 		}
 	}
-	b := &bench{d: d, out: out}
-	raw, err := b.rawTPM(ctx, w)
-	if err != nil {
+	if b.raw, err = b.rawTPM(ctx, w); err != nil {
 		return err
 	}
 	if err := w.startSigner(); err != nil {
 		return err
 	}
-	for _, step := range []func() error{
-		func() error { return b.signer(ctx, w, raw) }, b.verify, b.record, b.appraise, func() error { return b.token(ctx, inkan) },
-	} {
-		if err := step(); err != nil {
-			return err
-		}
-	}
-	if asJSON {
-		return printJSON(out, b.rows)
-	}
-	tw := tabwriter.NewWriter(out, 0, 0, 2, ' ', tabwriter.AlignRight)
-	fmt.Fprintf(out, "%d cores, swtpm, every measurement for %s\n", runtime.NumCPU(), d)
-	fmt.Fprintln(tw, "what\tclients\tp50\tp99\tper second\tmedian is\t")
-	for _, m := range b.rows {
-		ratio := ""
-		if m.Beside != "" {
-			ratio = fmt.Sprintf("%.2f x %s", m.Ratio, m.Beside)
-		}
-		fmt.Fprintf(tw, "%s\t%d\t%s\t%s\t%.0f\t%s\t\n", m.Name, m.Clients, m.P50.Round(time.Microsecond), m.P99.Round(time.Microsecond), m.PerSecond, ratio)
-	}
-	if err := tw.Flush(); err != nil {
-		return err
-	}
-	rest := b.alone.P50 - b.policy.P50 - b.commit.P50 - b.check.P50 - b.wire.P50
-	fmt.Fprintf(out, "Of a signed action's %s alone: the TPM %s (of which its policy %s), the durable record %s, checking the signature %s,\nHTTP and JSON %s, and %s for identifying the caller, parsing, the scope and waiting between them.\n",
-		b.alone.P50.Round(time.Microsecond), b.policy.P50.Round(time.Microsecond), (b.policy.P50 - raw.P50).Round(time.Microsecond), b.commit.P50.Round(time.Microsecond), b.check.P50.Round(time.Microsecond), b.wire.P50.Round(time.Microsecond), rest.Round(time.Microsecond))
-	for _, n := range b.notes {
-		fmt.Fprintln(out, n)
-	}
-	return nil
+	return b.signer(ctx, w, b.raw)
 }
 
 func (b *bench) rawTPM(ctx context.Context, w *world) (*measurement, error) {
@@ -262,7 +309,7 @@ func (b *bench) echo(ctx context.Context) error {
 const benchScope = `{"allowed_actions":["order.new"],"allowed_instruments":[{"id":"isin:FR0000120271"}],"allowed_ord_types":["2"],"allowed_sides":["1"],"allowed_tif":["0"],"allowed_venues":["XPAR"],"max_order_notional":[{"amount":"25000","currency":"EUR"}],"version":1}`
 
 // verify measures the receiver with warm caches beside the standard library.
-func (b *bench) verify() error {
+func (b *bench) verify(context.Context) error {
 	key, err := ecdsa.GenerateKey(elliptic.P256(), rand.Reader)
 	if err != nil {
 		return err
@@ -348,7 +395,7 @@ func signedOrder(key *ecdsa.PrivateKey, leaf *x509.Certificate, h *jws.Header, s
 }
 
 // record measures the record alone.
-func (b *bench) record() error {
+func (b *bench) record(context.Context) error {
 	dir, err := os.MkdirTemp("", "record")
 	if err != nil {
 		return err
@@ -388,7 +435,7 @@ func (b *bench) record() error {
 
 // appraise measures the appraisal of a device in software, since a TPM would
 // be what is measured. BenchmarkRenewal of package issuer has it with TLS and inventory.
-func (b *bench) appraise() error {
+func (b *bench) appraise(context.Context) error {
 	d, err := forge.New()
 	if err != nil {
 		return err

@@ -40,7 +40,17 @@ func runCrash(ctx context.Context, out io.Writer, inkan string, orders, clients,
 		}
 	}
 	w.title("%d orders from %d clients, the signer killed with -9 %d times", orders, clients, kills)
-	acknowledged, retries, err := w.orderUnderFire(ctx, orders, clients, kills)
+	strikes := make([]strike, kills)
+	for i := range strikes {
+		strikes[i] = strike{"killed; starting again", func(func() int64) error {
+			if err := syscall.Kill(w.signer.cmd.Process.Pid, syscall.SIGKILL); err != nil {
+				return err
+			}
+			<-w.signer.done
+			return w.startSigner()
+		}}
+	}
+	acknowledged, retries, err := w.orderUnderFire(ctx, orders, clients, strikes)
 	if err != nil {
 		return err
 	}
@@ -48,8 +58,16 @@ func runCrash(ctx context.Context, out io.Writer, inkan string, orders, clients,
 	return w.judge(ctx, out, acknowledged, retries, kills, asJSON)
 }
 
-// orderUnderFire returns the JWS of every acknowledged order by its id.
-func (w *world) orderUnderFire(ctx context.Context, orders, clients, kills int) (map[string]string, int64, error) {
+// strike is something bad that happens while orders are sent. retries tells how
+// often a client had to try again so far.
+type strike struct {
+	what string
+	do   func(retries func() int64) error
+}
+
+// orderUnderFire sends orders while the strikes happen, one after a share of
+// the orders each, whatever the machine's speed. It returns the JWS of every acknowledged order by its id.
+func (w *world) orderUnderFire(ctx context.Context, orders, clients int, strikes []strike) (map[string]string, int64, error) {
 	c := client.New(w.socket())
 	var mu sync.Mutex
 	acknowledged := make(map[string]string)
@@ -74,15 +92,14 @@ func (w *world) orderUnderFire(ctx context.Context, orders, clients, kills int) 
 						return
 					}
 					retries.Add(1)
-					time.Sleep(5 * time.Millisecond) // the signer is down
+					time.Sleep(5 * time.Millisecond) // the signer is down, or its device
 				}
 			}
 		})
 	}
 	go func() { wg.Wait(); close(done) }()
-	for i := range kills {
-		// Kill when a share of the orders is through, whatever the machine's speed.
-		target := int64(orders) * int64(i+1) / int64(kills+1)
+	for i, x := range strikes {
+		target := int64(orders) * int64(i+1) / int64(len(strikes)+1)
 		for next.Load() < target {
 			select {
 			case err := <-failed:
@@ -90,13 +107,9 @@ func (w *world) orderUnderFire(ctx context.Context, orders, clients, kills int) 
 			case <-time.After(time.Millisecond):
 			}
 		}
-		if err := syscall.Kill(w.signer.cmd.Process.Pid, syscall.SIGKILL); err != nil {
-			return nil, 0, err
-		}
-		<-w.signer.done
-		w.say("   killed after %d orders; starting again", next.Load())
-		if err := w.startSigner(); err != nil {
-			return nil, 0, err
+		w.say("   after %d orders: %s", next.Load(), x.what)
+		if err := x.do(retries.Load); err != nil {
+			return nil, 0, fmt.Errorf("%s: %w", x.what, err)
 		}
 	}
 	select {

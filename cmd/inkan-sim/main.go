@@ -48,13 +48,19 @@ func newApp(stdout, stderr io.Writer) *cli.App {
 				&cli.BoolFlag{Name: "approver", Usage: "the action key is in approver mode; the attacks are those of root on the host"}}, Action: func(c *cli.Context) error {
 				return runDemo(c.Context, stdout, c.String("inkan"), c.Bool("hsm"), c.Bool("approver"), c.Bool("json"))
 			}},
-			{Name: "bench", Usage: "speed beside the raw device and the standard library", Flags: []cli.Flag{inkan, asJSON, &cli.DurationFlag{Name: "time", Value: 3 * time.Second, Usage: "`DURATION` of each measurement"}}, Action: func(c *cli.Context) error {
-				return runBench(c.Context, stdout, c.String("inkan"), c.Duration("time"), c.Bool("json"))
+			{Name: "bench", Usage: "speed beside the raw device and the standard library", Flags: []cli.Flag{inkan, asJSON, &cli.DurationFlag{Name: "time", Value: 3 * time.Second, Usage: "`DURATION` of each measurement"},
+				&cli.StringSliceFlag{Name: "only", Usage: "only these `SECTIONS`: " + sectionNames()}}, Action: func(c *cli.Context) error {
+				return runBench(c.Context, stdout, c.String("inkan"), c.Duration("time"), c.StringSlice("only"), c.Bool("json"))
 			}},
 			{Name: "attack", Usage: "attacks on each layer, with the others switched off; fails unless all are refused", Flags: []cli.Flag{inkan, asJSON, &cli.StringSliceFlag{Name: "family", Usage: "only these `NAMES`: " + familyNames()}}, Action: func(c *cli.Context) error {
 				return runAttack(c.Context, stdout, c.String("inkan"), c.StringSlice("family"), c.Bool("json"))
 			}},
 			{Name: "probe", Hidden: true, Usage: "one attack from inside a confined agent", ArgsUsage: "NAME arguments", Action: func(c *cli.Context) error { return runProbe(stdout, c.Args().Slice()) }},
+			{Name: "storm", Usage: "orders from many clients while the token with the key has its bad days", Flags: []cli.Flag{inkan, asJSON,
+				&cli.IntFlag{Name: "orders", Value: 20000, Usage: "`COUNT`"}, &cli.IntFlag{Name: "clients", Value: 16, Usage: "`COUNT`"}, &cli.DurationFlag{Name: "hang", Value: time.Minute, Usage: "`DURATION` for which the module hangs"}},
+				Action: func(c *cli.Context) error {
+					return runStorm(c.Context, stdout, c.String("inkan"), c.Int("orders"), c.Int("clients"), c.Duration("hang"), c.Bool("json"))
+				}},
 			{Name: "crash", Usage: "orders from many clients while the signer is killed again and again", Flags: []cli.Flag{inkan, asJSON,
 				&cli.IntFlag{Name: "orders", Value: 2000, Usage: "`COUNT`"}, &cli.IntFlag{Name: "clients", Value: 16, Usage: "`COUNT`"}, &cli.IntFlag{Name: "kills", Value: 5, Usage: "`COUNT`"}},
 				Action: func(c *cli.Context) error {

@@ -43,6 +43,11 @@ func (w *world) makeToken(ctx context.Context) error {
 	if err := os.Setenv("SOFTHSM2_CONF", w.hsm.Config); err != nil { // where this module looks for its tokens
 		return err
 	}
+	if w.withFaults {
+		if err := w.withFaultModule(ctx); err != nil {
+			return err
+		}
+	}
 	out, err := w.run(ctx, "hsm", "keygen", "--token", w.tokenURI(), "--label", "mm-07")
 	if err != nil {
 		return err

@@ -30,6 +30,9 @@ type world struct {
 	keptJWS   string // signed and not shown to the venue yet
 	hsm       *simulator.SoftHSM
 
+	withFaults bool // a module that does harm on demand stands before the token's
+	faults     *simulator.FaultModule
+
 	withApprover bool // agents' keys are in approver mode
 	approverAt   []string
 	keyURI       string // of the action key in the token; empty: it is in the TPM

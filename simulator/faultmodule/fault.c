@@ -27,6 +27,7 @@
 static CK_FUNCTION_LIST faulty;
 static CK_FUNCTION_LIST_PTR real;
 
+/* take reads what harm is to be done in a call, if any. */
 static const char *take(const char *call, char *fault, char *arg) {
 	const char *path = getenv("INKAN_FAULT_CONTROL");
 	char name[64] = "", text[64] = "";
