@@ -104,6 +104,7 @@ func (s *Scope) Describe() []string {
 	if d.AttestationS != 0 {
 		add("Only while the host's attestation is at most %s old.", time.Duration(d.AttestationS)*time.Second)
 	}
+	describeDestinations(d.Destinations, add)
 	if d.OS != nil {
 		d.OS.describe(add)
 	}

@@ -48,6 +48,9 @@ type document struct {
 	Accounts    []string     `json:"allowed_accounts,omitempty"`
 	Clients     []string     `json:"allowed_clients,omitempty"`
 
+	// Where the agent's TLS key may be used.
+	Destinations []Destination `json:"destinations,omitempty"`
+
 	// Limits: they bound what is granted.
 	OrderNotional []MoneyLimit `json:"max_order_notional,omitempty"`
 	OrderQty      []QtyLimit   `json:"max_order_qty,omitempty"`
@@ -224,6 +227,7 @@ func (d *document) validate() error {
 		set("allowed_tif", d.TIF, oneOf(tifs), "one of "+join(tifs)),
 		set("allowed_accounts", d.Accounts, validText, "printable ASCII without spaces"),
 		set("allowed_clients", d.Clients, validText, "printable ASCII without spaces"),
+		validateDestinations(d.Destinations),
 	); err != nil {
 		return err
 	}
