@@ -2,134 +2,48 @@ package signer
 
 import (
 	"crypto/sha256"
-	"errors"
 	"fmt"
 	"io"
-	"net"
 	"os"
-	"strings"
 	"sync"
-	"sync/atomic"
-	"syscall"
 	"time"
 
 	"golang.org/x/sys/unix"
+
+	"inkan/internal/caller"
 )
 
-// caller is a process as the kernel describes it.
-type caller struct {
+// process is a process as the kernel describes it.
+type process struct {
 	UID        uint32
 	PID        int32
 	Executable [32]byte // SHA-256 of the file that it runs
 	Unit       string   // systemd unit; empty where there is none
 }
 
-// peer is the process that opened a connection. Its pidfd names that very
-// process for as long as it is open: a number that is used again is not it.
+// peer is the process that opened a connection.
 type peer struct {
-	uid   uint32
-	pid   int32
-	pidfd int
-
-	stranger atomic.Int32 // another process that sent something on the connection; 0: none
-	bound    *binding     // the process was started as an agent; set before the agent's first request
+	*caller.Process
+	bound *binding // the process was started as an agent; set before the agent's first request
 }
-
-// identify asks the kernel who is at the other end (SO_PEERCRED and, from
-// Linux 6.5 on, SO_PEERPIDFD). Without a pidfd nobody can be identified.
-func identify(c *net.UnixConn) (*peer, error) {
-	raw, err := c.SyscallConn()
-	if err != nil {
-		return nil, err
-	}
-	p := &peer{pidfd: -1}
-	var inner error
-	if err := raw.Control(func(fd uintptr) {
-		cred, err := unix.GetsockoptUcred(int(fd), unix.SOL_SOCKET, unix.SO_PEERCRED)
-		if err != nil {
-			inner = err
-			return
-		}
-		p.uid, p.pid = cred.Uid, cred.Pid
-		p.pidfd, inner = unix.GetsockoptInt(int(fd), unix.SOL_SOCKET, unix.SO_PEERPIDFD)
-	}); err != nil {
-		return nil, err
-	}
-	if inner != nil {
-		return nil, fmt.Errorf("identifying the caller needs Linux 6.5 (SO_PEERPIDFD): %w", inner)
-	}
-	unix.CloseOnExec(p.pidfd)
-	return p, nil
-}
-
-func (p *peer) close() { _ = unix.Close(p.pidfd) }
-
-// passCredentials has the kernel state the sender with everything that arrives.
-func passCredentials(c syscall.Conn) error {
-	raw, err := c.SyscallConn()
-	if err != nil {
-		return err
-	}
-	var inner error
-	err = raw.Control(func(fd uintptr) { inner = unix.SetsockoptInt(int(fd), unix.SOL_SOCKET, unix.SO_PASSCRED, 1) })
-	return errors.Join(err, inner)
-}
-
-// alive: the process behind the pidfd still runs, so what /proc says of its
-// number is said of it.
-func (p *peer) alive() bool { return !ended(uintptr(p.pidfd)) }
-
-// ended: a pidfd is readable once its process has ended; unlike a signal, that
-// can be asked of any user's process. What cannot be asked counts as ended.
-func ended(pidfd uintptr) bool {
-	fds := []unix.PollFd{{Fd: int32(pidfd), Events: unix.POLLIN}}
-	for {
-		n, err := unix.Poll(fds, 0)
-		if errors.Is(err, unix.EINTR) {
-			continue
-		}
-		return err != nil || n != 0
-	}
-}
-
-var errCallerGone = errors.New("the calling process is gone")
 
 // describe says what the process is now: it may have executed something else
 // since it connected, so it is asked at every request.
-func (p *peer) describe(digests *digestCache, wantUnit bool) (*caller, error) {
-	c := &caller{UID: p.uid, PID: p.pid}
+func (p *peer) describe(digests *digestCache, wantUnit bool) (*process, error) {
+	c := &process{UID: p.UID, PID: p.PID}
 	var err error
-	if c.Executable, err = digests.of(fmt.Sprintf("/proc/%d/exe", p.pid)); err != nil {
+	if c.Executable, err = digests.of(fmt.Sprintf("/proc/%d/exe", p.PID)); err != nil {
 		return nil, fmt.Errorf("identifying the caller: %w", err)
 	}
 	if wantUnit {
-		b, err := os.ReadFile(fmt.Sprintf("/proc/%d/cgroup", p.pid))
-		if err != nil {
-			return nil, fmt.Errorf("identifying the caller: %w", err)
+		if c.Unit, err = p.Process.Unit(); err != nil {
+			return nil, err
 		}
-		c.Unit = unitOf(string(b))
 	}
-	if !p.alive() {
-		return nil, errCallerGone
+	if !p.Alive() {
+		return nil, caller.ErrGone
 	}
 	return c, nil
-}
-
-// unitOf finds the innermost unit in /proc/PID/cgroup (cgroup v2: one line "0::/path").
-func unitOf(cgroup string) string {
-	for line := range strings.Lines(cgroup) {
-		path, ok := strings.CutPrefix(strings.TrimSpace(line), "0::")
-		if !ok {
-			continue
-		}
-		parts := strings.Split(path, "/")
-		for i := len(parts) - 1; i >= 0; i-- {
-			if strings.HasSuffix(parts[i], ".service") || strings.HasSuffix(parts[i], ".scope") {
-				return parts[i]
-			}
-		}
-	}
-	return ""
 }
 
 // digestCache remembers digests of executables by what changes when a file does.

@@ -320,7 +320,7 @@ func (c *Config) disjoint() error {
 }
 
 // AgentFor returns the one agent that a caller may act as.
-func (c *Config) agentFor(who *caller) (string, bool) {
+func (c *Config) agentFor(who *process) (string, bool) {
 	for _, a := range c.Agents {
 		for _, x := range a.Callers {
 			if !x.Launcher && x.is(who) {
@@ -332,7 +332,7 @@ func (c *Config) agentFor(who *caller) (string, bool) {
 }
 
 // launches says whether a caller may start the agent with this name.
-func (c *Config) launches(who *caller, agent string) bool {
+func (c *Config) launches(who *process, agent string) bool {
 	for _, a := range c.Agents {
 		if a.Name == agent {
 			return slices.ContainsFunc(a.Callers, func(x CallerConfig) bool { return x.Launcher && x.is(who) })
@@ -342,6 +342,6 @@ func (c *Config) launches(who *caller, agent string) bool {
 }
 
 // is says whether a process on this host is one of this kind.
-func (c *CallerConfig) is(who *caller) bool {
+func (c *CallerConfig) is(who *process) bool {
 	return c.SPIFFEID == "" && who.UID == c.uid && (c.digest == nil || *c.digest == who.Executable) && (c.Unit == "" || c.Unit == who.Unit)
 }

@@ -18,9 +18,9 @@ import (
 
 	"github.com/coreos/go-systemd/v22/activation"
 	"github.com/coreos/go-systemd/v22/daemon"
-	"golang.org/x/sys/unix"
 
 	"inkan/audit"
+	"inkan/internal/caller"
 	"inkan/internal/problem"
 	"inkan/scope"
 )
@@ -38,7 +38,7 @@ func (s *Signer) Serve(ctx context.Context, ready func()) error {
 		return err
 	}
 	// Connections inherit it, so that nothing arrives on them before it holds.
-	if err := passCredentials(l.(*net.UnixListener)); err != nil {
+	if err := caller.PassCredentials(l.(*net.UnixListener)); err != nil {
 		return errors.Join(err, l.Close())
 	}
 	server := &http.Server{
@@ -114,50 +114,12 @@ type callerListener struct {
 }
 
 // callerConn is a connection of an identified process; peer is nil if it could
-// not be identified. The pidfd lives as long as the connection.
+// not be identified.
 type callerConn struct {
-	net.Conn
-	unix  *net.UnixConn
+	*caller.Conn
 	peer  *peer
 	once  sync.Once
 	watch *os.File // ends the connection with its process; nil: the connection is not bound to it
-
-	reading sync.Mutex
-	oob     []byte // guarded by reading
-}
-
-// Read implements net.Conn. The kernel states who sent the bytes, and never joins
-// those of two processes in one read; one stranger spoils the connection. There
-// is no room for descriptors: those that are sent are not taken.
-func (c *callerConn) Read(b []byte) (int, error) {
-	if len(b) == 0 {
-		return 0, nil
-	}
-	c.reading.Lock()
-	defer c.reading.Unlock()
-	n, oobn, _, _, err := c.unix.ReadMsgUnix(b, c.oob[:])
-	if n > 0 && c.peer != nil {
-		if sender := senderOf(c.oob[:oobn]); sender != c.peer.pid {
-			c.peer.stranger.Store(sender)
-		}
-	}
-	return n, err
-}
-
-// senderOf returns the number of the process that sent a message, -1 where it is not stated.
-func senderOf(oob []byte) int32 {
-	messages, err := unix.ParseSocketControlMessage(oob)
-	if err != nil {
-		return -1
-	}
-	for i := range messages {
-		if messages[i].Header.Type == unix.SCM_CREDENTIALS {
-			if cred, err := unix.ParseUnixCredentials(&messages[i]); err == nil && cred.Pid != 0 {
-				return cred.Pid
-			}
-		}
-	}
-	return -1
 }
 
 func (l *callerListener) Accept() (net.Conn, error) {
@@ -166,11 +128,12 @@ func (l *callerListener) Accept() (net.Conn, error) {
 		return nil, err
 	}
 	u := c.(*net.UnixConn)
-	p, err := identify(u)
+	p, err := caller.Identify(u)
 	if err != nil {
 		l.log.Error("a caller could not be identified", "error", err)
+		return &callerConn{Conn: caller.NewConn(u, nil)}, nil
 	}
-	return &callerConn{Conn: c, unix: u, peer: p, oob: make([]byte, unix.CmsgSpace(unix.SizeofUcred))}, nil
+	return &callerConn{Conn: caller.NewConn(u, p), peer: &peer{Process: p}}, nil
 }
 
 func (c *callerConn) Close() error {
@@ -179,11 +142,8 @@ func (c *callerConn) Close() error {
 		if c.watch != nil {
 			_ = c.watch.Close() // nothing is written to it
 		}
-		if c.peer != nil {
-			c.peer.close()
-			if c.peer.bound != nil {
-				c.peer.bound.close()
-			}
+		if c.peer != nil && c.peer.bound != nil {
+			c.peer.bound.close()
 		}
 	})
 	return err
@@ -341,7 +301,7 @@ func (s *Signer) as(f func(http.ResponseWriter, *http.Request, *Agent)) http.Han
 }
 
 // processOf says which process of this host asks; if it cannot, it answers, and returns nil.
-func (s *Signer) processOf(w http.ResponseWriter, r *http.Request) *caller {
+func (s *Signer) processOf(w http.ResponseWriter, r *http.Request) *process {
 	p, _ := r.Context().Value(peerKey{}).(*peer)
 	if p == nil {
 		s.unknown(w, r, "its process could not be identified", nil)
@@ -381,9 +341,9 @@ func (s *Signer) asOperator(f http.HandlerFunc) http.HandlerFunc {
 
 // alone: nobody but the process that opened the connection has sent on it; otherwise it answers.
 func (s *Signer) alone(w http.ResponseWriter, r *http.Request, p *peer) bool {
-	n := p.stranger.Load()
+	n := p.Stranger()
 	if n != 0 {
-		s.unknown(w, r, fmt.Sprintf("process %d sent something on a connection of process %d: a connection is of use to the process that opened it alone", n, p.pid), nil)
+		s.unknown(w, r, fmt.Sprintf("process %d sent something on a connection of process %d: a connection is of use to the process that opened it alone", n, p.PID), nil)
 	}
 	return n == 0
 }
@@ -409,7 +369,7 @@ func (s *Signer) asStarted(w http.ResponseWriter, r *http.Request, p *peer, f fu
 // runKey is for the *scope.Run of a process that was started under confinement.
 type runKey struct{}
 
-func (s *Signer) unknown(w http.ResponseWriter, r *http.Request, why string, who *caller) {
+func (s *Signer) unknown(w http.ResponseWriter, r *http.Request, why string, who *process) {
 	s.metrics.callers.Inc()
 	detail := "the caller may not act as any agent: " + why
 	if who != nil {

@@ -19,6 +19,7 @@ import (
 
 	"golang.org/x/sys/unix"
 
+	"inkan/internal/caller"
 	"inkan/internal/problem"
 	"inkan/internal/strictjson"
 	"inkan/scope"
@@ -81,7 +82,7 @@ func (b *binding) close() {
 }
 
 // launcher authenticates a process that wants to start an agent.
-func (s *Signer) launcher(w http.ResponseWriter, r *http.Request, agent string) (*peer, *caller, *Agent) {
+func (s *Signer) launcher(w http.ResponseWriter, r *http.Request, agent string) (*peer, *process, *Agent) {
 	p, _ := r.Context().Value(peerKey{}).(*peer)
 	if p == nil || p.bound != nil {
 		s.unknown(w, r, "only a launcher on this host starts agents", nil)
@@ -188,12 +189,12 @@ func (s *Signer) start(w http.ResponseWriter, r *http.Request) {
 	}
 	c := conn.(*callerConn)
 	if err := s.upgrade(r.Context(), c, rw, p, who, a, &req); err != nil {
-		s.log.WarnContext(r.Context(), "an agent was not started", "agent", a.name, "pid", p.pid, "error", err)
+		s.log.WarnContext(r.Context(), "an agent was not started", "agent", a.name, "pid", p.PID, "error", err)
 		_ = c.Close() // the launcher has its answer, or is gone
 	}
 }
 
-func (s *Signer) upgrade(ctx context.Context, c *callerConn, rw *bufio.ReadWriter, p *peer, who *caller, a *Agent, req *StartRequest) error {
+func (s *Signer) upgrade(ctx context.Context, c *callerConn, rw *bufio.ReadWriter, p *peer, who *process, a *Agent, req *StartRequest) error {
 	if rw.Reader.Buffered() > 0 {
 		return errors.New("the launcher sent more before it was asked to")
 	}
@@ -227,7 +228,7 @@ func (s *Signer) upgrade(ctx context.Context, c *callerConn, rw *bufio.ReadWrite
 	if err := c.SetDeadline(time.Time{}); err != nil {
 		return err
 	}
-	s.log.InfoContext(ctx, "an agent was started", "agent", a.name, "pid", p.pid, "executable", doc.Executable.Path, "sha256", doc.Executable.SHA256, "start", hex.EncodeToString(b.run.Start[:]))
+	s.log.InfoContext(ctx, "an agent was started", "agent", a.name, "pid", p.PID, "executable", doc.Executable.Path, "sha256", doc.Executable.SHA256, "start", hex.EncodeToString(b.run.Start[:]))
 	if err := c.endsWith(p); err != nil {
 		return err
 	}
@@ -235,7 +236,7 @@ func (s *Signer) upgrade(ctx context.Context, c *callerConn, rw *bufio.ReadWrite
 }
 
 // bind measures a start and holds it against the scope.
-func (s *Signer) bind(ctx context.Context, b *binding, p *peer, who *caller, req *StartRequest, received error) (*scope.StartDocument, error) {
+func (s *Signer) bind(ctx context.Context, b *binding, p *peer, who *process, req *StartRequest, received error) (*scope.StartDocument, error) {
 	bad := func(format string, v ...any) error {
 		return &scope.Refusal{Rule: scope.RuleForm, Message: fmt.Sprintf(format, v...)}
 	}
@@ -292,8 +293,8 @@ func (s *Signer) bind(ctx context.Context, b *binding, p *peer, who *caller, req
 	if r := o.Refuses(run); r != nil {
 		return nil, b.agent.refuse(ctx, nil, r, cred, run)
 	}
-	if !p.alive() {
-		return nil, errCallerGone
+	if !p.Alive() {
+		return nil, caller.ErrGone
 	}
 	return doc, nil
 }
@@ -306,13 +307,13 @@ func (b *binding) check(p *peer) error {
 		return err
 	}
 	var runs unix.Stat_t
-	if err := unix.Stat(fmt.Sprintf("/proc/%d/exe", p.pid), &runs); err != nil {
+	if err := unix.Stat(fmt.Sprintf("/proc/%d/exe", p.PID), &runs); err != nil {
 		return err
 	}
 	now := idOf(&runs)
 	switch {
-	case !p.alive():
-		return errCallerGone
+	case !p.Alive():
+		return caller.ErrGone
 	case now.dev != b.program.dev || now.ino != b.program.ino: // while it runs its content cannot change (ETXTBSY)
 		return &scope.Refusal{Rule: scope.RuleStart, Message: "the process does not run the executable that was measured"}
 	case st["NoNewPrivs"] != "1", b.seccomp && st["Seccomp"] != "2":
@@ -330,7 +331,7 @@ func (b *binding) check(p *peer) error {
 
 // status is /proc/PID/status of the process.
 func (p *peer) status() (map[string]string, error) {
-	b, err := os.ReadFile(fmt.Sprintf("/proc/%d/status", p.pid))
+	b, err := os.ReadFile(fmt.Sprintf("/proc/%d/status", p.PID))
 	if err != nil {
 		return nil, err
 	}
@@ -340,8 +341,8 @@ func (p *peer) status() (map[string]string, error) {
 			out[name] = strings.TrimSpace(value)
 		}
 	}
-	if !p.alive() {
-		return nil, errCallerGone
+	if !p.Alive() {
+		return nil, caller.ErrGone
 	}
 	return out, nil
 }
@@ -354,7 +355,7 @@ func (c *callerConn) receive(n int) (files []*os.File, err error) {
 	}
 	b := make([]byte, 1)
 	oob := make([]byte, unix.CmsgSpace(unix.SizeofUcred)+unix.CmsgSpace(4*most))
-	read, oobn, flags, _, err := c.unix.ReadMsgUnix(b, oob)
+	read, oobn, flags, _, err := c.ReadMsgUnix(b, oob)
 	if err != nil {
 		return nil, err
 	}
@@ -384,7 +385,7 @@ func (c *callerConn) receive(n int) (files []*os.File, err error) {
 	switch {
 	case read != 1 || flags&unix.MSG_CTRUNC != 0 || len(files) != n:
 		err = fmt.Errorf("one byte with %d files is expected, %d came", n, len(files))
-	case c.peer == nil || sender != c.peer.pid:
+	case c.peer == nil || sender != c.peer.PID:
 		err = fmt.Errorf("process %d sent them, and the connection is not its", sender)
 	}
 	if err != nil {
@@ -399,7 +400,7 @@ func (c *callerConn) receive(n int) (files []*os.File, err error) {
 // endsWith closes the connection when the process ends, whoever else holds the
 // other end by then.
 func (c *callerConn) endsWith(p *peer) error {
-	fd, err := unix.FcntlInt(uintptr(p.pidfd), unix.F_DUPFD_CLOEXEC, 0)
+	fd, err := unix.FcntlInt(uintptr(p.Pidfd), unix.F_DUPFD_CLOEXEC, 0)
 	if err != nil {
 		return err
 	}
@@ -413,7 +414,7 @@ func (c *callerConn) endsWith(p *peer) error {
 	}
 	c.watch = f
 	go func() {
-		if raw.Read(ended) == nil {
+		if raw.Read(caller.Ended) == nil {
 			_ = c.Close() // nobody is left to tell
 		}
 	}()
