@@ -184,7 +184,7 @@ func (d *desk) next(t testing.TB, qty string, change func(*scope.Statement)) []b
 	}
 	notional, _, _ := permit.Notional()
 	st := &scope.Statement{Version: 1, Issuer: leaf.Issuer.String(), Agent: d.agent.ID, Audience: a.Audience, ID: a.ID, Counter: scope.Counter(d.counter + 1), Previous: d.previous,
-		Time: scope.Timestamp{Time: now}, Expires: now.Add(30 * time.Second).Unix(), Kind: a.Kind, Order: a.Order,
+		Time: scope.Timestamp{Time: now}, Expires: now.Add(30 * time.Second).Unix(), Kind: a.Kind, Order: a.Order, Controls: d.book.Lasting(),
 		Decision:    scope.Decision{Decision: scope.DecisionPermit, Certificate: sha256.Sum256(leaf.Raw), Scope: s.Hash(), Notional: &scope.Amount{Amount: notional, Currency: "EUR"}},
 		Attestation: scope.Attestation{Evidence: att.EvidenceSHA256, Time: scope.Timestamp{Time: att.Time}}}
 	st.Decision.Utilisation = d.book.Utilisation(s, scope.UseOfStatement(st))
@@ -213,9 +213,7 @@ func (d *desk) write(t testing.TB, b []byte) []byte {
 	if err != nil {
 		t.Fatal(err)
 	}
-	if st.Decision.Decision == scope.DecisionPermit {
-		d.book.Add(scope.UseOfStatement(st))
-	}
+	d.book.Replay(st)
 	d.counter, d.previous, d.clock = uint64(st.Counter), sha256.Sum256(b), st.Time.Time
 	d.log = append(d.log, b)
 	return b

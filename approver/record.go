@@ -42,6 +42,7 @@ CREATE TABLE IF NOT EXISTS entry(
 const (
 	verdictPermit    = "permit"
 	verdictDeny      = "deny"      // the signer refused it itself
+	verdictEvent     = "event"     // it is no action
 	verdictUnchecked = "unchecked" // a permit under a certificate that this approver did not know then
 )
 
@@ -195,7 +196,7 @@ func (r *Record) transact(ctx context.Context, l *ledger, cred *credential, entr
 			break // nothing of the request stays
 		}
 		grown = true
-		l.add(e)
+		l.replay(e.st, verdict)
 		h.size, h.previous, h.time = uint64(e.st.Counter), sha256.Sum256(e.bytes), e.st.Time.Time
 		l.size = h.size
 		if _, err := tx.ExecContext(ctx, "INSERT INTO entry(agent, counter, statement, time, verdict, authorized) VALUES($1, $2, $3, $4, $5, 0)",
@@ -250,7 +251,8 @@ func (r *Record) head(ctx context.Context, tx *sql.Tx, agent string) (*head, err
 }
 
 // catchUp counts what other approvers wrote since, or at first all that is
-// young enough to count. It reads backwards, so a long record costs nothing.
+// young enough to count, and the events whose effect lasts. It reads backwards,
+// so a long record costs nothing.
 func (l *ledger) catchUp(ctx context.Context, tx *sql.Tx, agent string, h *head) error {
 	if l.book != nil && l.size == h.size {
 		return nil
@@ -259,36 +261,73 @@ func (l *ledger) catchUp(ctx context.Context, tx *sql.Tx, agent string, h *head)
 	if l.book == nil || l.size > h.size { // or an older copy of the record was put in its place
 		l.book, from = scope.NewBook(), 1
 	}
-	rows, err := tx.QueryContext(ctx, "SELECT statement FROM entry WHERE agent = $1 AND counter >= $2 ORDER BY counter DESC", agent, int64(from))
+	rows, err := tx.QueryContext(ctx, "SELECT statement, verdict FROM entry WHERE agent = $1 AND counter >= $2 ORDER BY counter DESC", agent, int64(from))
 	if err != nil {
 		return err
 	}
 	defer rows.Close()
 	oldest := h.time.Add(-scope.MaxWindow)
-	var uses []scope.Use
+	var recent []judged // the latest first
 	for rows.Next() {
-		var b []byte
-		if err := rows.Scan(&b); err != nil {
+		var j judged
+		if err := j.scan(rows); err != nil {
 			return err
 		}
-		st, err := scope.ParseStatement(b)
-		if err != nil {
-			return err
-		}
-		if st.Time.Time.Before(oldest) {
+		if len(recent) > 0 && from == 1 && j.st.Time.Time.Before(oldest) {
 			break
 		}
-		if st.Decision.Decision == scope.DecisionPermit {
-			uses = append(uses, scope.UseOfStatement(st))
-		}
+		recent = append(recent, j)
 	}
-	if err := rows.Err(); err != nil {
+	if err := errors.Join(rows.Err(), rows.Close()); err != nil {
 		return err
 	}
-	for _, u := range slices.Backward(uses) {
-		l.book.Add(u)
+	if from == 1 && len(recent) > 0 {
+		if err := l.lasting(ctx, tx, agent, recent[0].st, recent[len(recent)-1].st.Counter); err != nil {
+			return err
+		}
+	}
+	for _, j := range slices.Backward(recent) {
+		l.replay(j.st, j.verdict)
 	}
 	l.size = h.size
+	return nil
+}
+
+// judged is an entry that was judged before.
+type judged struct {
+	st      *scope.Statement
+	verdict string
+}
+
+func (j *judged) scan(row interface{ Scan(...any) error }) error {
+	var b []byte
+	if err := row.Scan(&b, &j.verdict); err != nil {
+		return err
+	}
+	var err error
+	j.st, err = scope.ParseStatement(b)
+	return err
+}
+
+// lasting replays the lasting events up to the last entry that stand before first.
+func (l *ledger) lasting(ctx context.Context, tx *sql.Tx, agent string, last *scope.Statement, first scope.Counter) error {
+	verdicts := make(map[scope.Counter]string)
+	events, err := scope.LastingEvents(last, func(n scope.Counter) (*scope.Statement, error) {
+		var j judged
+		if err := j.scan(tx.QueryRowContext(ctx, "SELECT statement, verdict FROM entry WHERE agent = $1 AND counter = $2", agent, int64(n))); err != nil {
+			return nil, err
+		}
+		verdicts[n] = j.verdict
+		return j.st, nil
+	})
+	if err != nil {
+		return err
+	}
+	for _, st := range events {
+		if st.Counter < first {
+			l.replay(st, verdicts[st.Counter])
+		}
+	}
 	return nil
 }
 
@@ -308,6 +347,13 @@ func (h *head) follows(e entry) error {
 // judge says what the limits over time make of an entry in its place.
 func (l *ledger) judge(e entry, cred *credential) (verdict string) {
 	switch {
+	case e.st.Controls != l.book.Lasting():
+		return string(RuleStatement) + "\nit names another event before it than there is"
+	case e.st.Decision.Decision == scope.DecisionEvent:
+		if refusal := l.book.Admits(cred.scope, e.st); refusal != nil {
+			return string(refusal.Rule) + "\n" + refusal.Message
+		}
+		return verdictEvent
 	case e.st.Decision.Decision != scope.DecisionPermit:
 		return verdictDeny
 	case e.st.Decision.Certificate != cred.sum:
@@ -323,11 +369,14 @@ func (l *ledger) judge(e entry, cred *credential) (verdict string) {
 	return verdictPermit
 }
 
-// add counts an entry: every permit of the signer, whether it is ever authorized or not.
-func (l *ledger) add(e entry) {
-	if e.st.Decision.Decision == scope.DecisionPermit {
-		l.book.Add(scope.UseOfStatement(e.st))
+// replay counts an entry: every permit of the signer, whether it is ever
+// authorized or not, and the events that this approver takes as well.
+func (l *ledger) replay(st *scope.Statement, verdict string) {
+	if st.Decision.Decision == scope.DecisionEvent && verdict != verdictEvent {
+		l.book.Pass(st)
+		return
 	}
+	l.book.Replay(st)
 }
 
 // seen returns the verdict on an entry that is there: it must be the same one.
@@ -353,5 +402,5 @@ func refusalOf(verdict string) *scope.Refusal {
 	if rule, message, ok := strings.Cut(verdict, "\n"); ok {
 		return &scope.Refusal{Rule: scope.Rule(rule), Message: message}
 	}
-	return &scope.Refusal{Rule: RuleStatement, Message: "the entry is a denial"}
+	return &scope.Refusal{Rule: RuleStatement, Message: "the entry is a denial or an event"}
 }

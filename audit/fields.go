@@ -22,6 +22,7 @@ type Fields struct {
 	Kind     string `json:"kind,omitzero"`
 	ActionID string `json:"action_id,omitzero"`
 	Venue    string `json:"venue,omitzero"`
+	Event    string `json:"event,omitzero"` // of an event, whose kind is Kind: the exact text behind it
 
 	Instrument       string `json:"instrument,omitzero"` // as scopes name it
 	ClOrdID          string `json:"ClOrdID,omitzero"`
@@ -91,7 +92,7 @@ func fieldsOf(st *scope.Statement, c *certext.ActionCertificate, signed bool) *F
 	digest := func(d scope.Digest) string { return base64.RawURLEncoding.EncodeToString(d[:]) }
 	f := &Fields{
 		Counter: fmt.Sprint(uint64(st.Counter)), Time: at(st.Time), Decision: st.Decision.Decision, Rule: string(st.Decision.Rule), Message: st.Decision.Message,
-		Kind: string(st.Kind), ActionID: st.ID, Venue: st.Audience, Instrument: st.Action().Instrument(),
+		Kind: string(st.Kind), ActionID: st.ID, Venue: st.Audience, Event: st.Event, Instrument: st.Action().Instrument(),
 		Agent: st.Agent, Issuer: st.Issuer, Certificate: digest(st.Decision.Certificate), Serial: c.Certificate.SerialNumber.Text(16), Scope: digest(st.Decision.Scope),
 		Device: c.Attestation.Device, KeyProtection: c.Attestation.Protection,
 		Evidence: st.Attestation.Evidence, AttestedAt: at(st.Attestation.Time), AttestedAgeS: fmt.Sprint(int64(st.Time.Time.Sub(st.Attestation.Time.Time).Seconds())),

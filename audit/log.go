@@ -18,6 +18,7 @@ import (
 	"errors"
 	"fmt"
 	"os"
+	"slices"
 	"sync"
 	"time"
 
@@ -268,8 +269,9 @@ func (l *Log) recover(ctx context.Context) error {
 	return l.remember(ctx)
 }
 
-// remember derives from the entries what counts for limits over time: those of
-// the longest window. They are read backwards, so a long record costs nothing.
+// remember derives from the entries what the next ones depend on: those of the
+// longest window, read backwards, and the events whose effect lasts, of which
+// each names the one before it. So a long record costs nothing.
 func (l *Log) remember(ctx context.Context) error {
 	l.book = scope.NewBook()
 	rows, err := l.conn.QueryContext(ctx, "SELECT statement FROM leaf ORDER BY counter DESC")
@@ -277,7 +279,7 @@ func (l *Log) remember(ctx context.Context) error {
 		return err
 	}
 	defer rows.Close()
-	var uses []scope.Use
+	var recent []*scope.Statement // the latest first
 	oldest := l.head.Time.Add(-scope.MaxWindow)
 	for rows.Next() {
 		var b []byte
@@ -288,17 +290,37 @@ func (l *Log) remember(ctx context.Context) error {
 		if err != nil {
 			return fmt.Errorf("%w: %w", ErrDamaged, err)
 		}
-		if st.Time.Time.Before(oldest) {
+		if len(recent) > 0 && st.Time.Time.Before(oldest) {
 			break
 		}
-		if st.Decision.Decision == scope.DecisionPermit {
-			uses = append(uses, scope.UseOfStatement(st))
+		recent = append(recent, st)
+	}
+	if err := errors.Join(rows.Err(), rows.Close()); err != nil || len(recent) == 0 {
+		return err
+	}
+	lasting, err := scope.LastingEvents(recent[0], func(n scope.Counter) (*scope.Statement, error) {
+		var b []byte
+		if err := l.conn.QueryRowContext(ctx, "SELECT statement FROM leaf WHERE counter = ?", int64(n)).Scan(&b); err != nil {
+			return nil, fmt.Errorf("entry %d: %w", n, err)
+		}
+		return scope.ParseStatement(b)
+	})
+	if err != nil {
+		return fmt.Errorf("%w: %w", ErrDamaged, err)
+	}
+	first := recent[len(recent)-1].Counter
+	for _, st := range lasting {
+		if st.Counter < first {
+			l.book.Replay(st)
 		}
 	}
-	for i := len(uses) - 1; i >= 0; i-- {
-		l.book.Add(uses[i])
+	for _, st := range slices.Backward(recent) {
+		if st.Controls != l.book.Lasting() {
+			return fmt.Errorf("%w: entry %d names another event before it than there is", ErrDamaged, st.Counter)
+		}
+		l.book.Replay(st)
 	}
-	return rows.Err()
+	return nil
 }
 
 func readHead(ctx context.Context, q queryer) (Head, error) {

@@ -26,6 +26,7 @@ type Report struct {
 	Entries      uint64      `json:"entries"` // that were verified
 	Permits      uint64      `json:"permits"`
 	Denials      uint64      `json:"denials"`
+	Events       uint64      `json:"events"`
 	Signed       uint64      `json:"signed"`       // permits whose signature is there and verifies
 	Unsigned     []uint64    `json:"unsigned"`     // counters of permits without one, the first hundred
 	Certificates int         `json:"certificates"` // under which entries stand
@@ -61,6 +62,7 @@ const (
 	RuleTime          Rule = "time"           // a permit outside the life of its certificate
 	RuleScope         Rule = "scope"          // a permit that its scope does not allow
 	RuleUtilisation   Rule = "utilisation"    // it states something else than the entries lead to
+	RuleEvent         Rule = "event"          // an event that may not stand where it does
 	RuleSignature     Rule = "signature"      // not by the certified key over exactly the entry
 	RuleHead          Rule = "head"           // the head does not belong to the entries
 	RuleHeadKey       Rule = "head_key"       // the head is not by a key that the CA certified for the agent
@@ -303,7 +305,15 @@ func (v *verification) next(j *job) error {
 	}
 	v.grow(j.entry.Statement)
 	st := j.statement
-	if st.Decision.Decision != scope.DecisionDeny {
+	if st.Controls != v.book.Lasting() {
+		return unproven(RuleOrder, n, "it names event %d as the last one that lasts, that is %d", st.Controls, v.book.Lasting())
+	}
+	switch st.Decision.Decision {
+	case scope.DecisionEvent:
+		if refusal := v.book.Admits(j.cert.scope, st); refusal != nil {
+			return unproven(RuleEvent, n, "the event may not stand there: %v", refusal)
+		}
+	case scope.DecisionPermit:
 		use := scope.UseOfStatement(st)
 		if refusal := v.book.Check(j.cert.scope, use); refusal != nil {
 			return unproven(RuleScope, n, "it is out of scope: %v", refusal)
@@ -311,8 +321,8 @@ func (v *verification) next(j *job) error {
 		if got := v.book.Utilisation(j.cert.scope, use); !slices.Equal(got, st.Decision.Utilisation) {
 			return unproven(RuleUtilisation, n, "it states another utilisation of its limits than the entries before it lead to")
 		}
-		v.book.Add(use)
 	}
+	v.book.Replay(st)
 	v.count(j)
 	return v.sealed(n)
 }
@@ -347,6 +357,8 @@ func (v *verification) count(j *job) {
 		switch {
 		case st.Decision.Decision == scope.DecisionDeny:
 			r.Denials++
+		case st.Decision.Decision == scope.DecisionEvent:
+			r.Events++
 		case j.entry.JWS == "":
 			r.Permits++
 			if len(r.Unsigned) < 100 {
@@ -505,9 +517,9 @@ func (v *verification) signed(j *job) error {
 	case [32]byte(st.Decision.Scope) != c.scope.Hash():
 		return fail(RuleScope, "the statement names another scope than its certificate")
 	}
-	if st.Decision.Decision == scope.DecisionDeny {
+	if st.Decision.Decision != scope.DecisionPermit {
 		if j.entry.JWS != "" {
-			return fail(RuleSignature, "a refusal has a signature")
+			return fail(RuleSignature, "an entry that is no permit has a signature")
 		}
 		return nil
 	}

@@ -63,6 +63,7 @@ type request struct {
 	payload  [32]byte
 	permit   *scope.Permit
 	refusal  *scope.Refusal
+	event    *scope.Event
 	identity Identity
 	// or a signature, with the protected header of its JWS:
 	counter   uint64
@@ -120,6 +121,20 @@ func (l *Log) Refuse(ctx context.Context, a *scope.Action, r *scope.Refusal, id 
 		return nil
 	}
 	return err
+}
+
+// Event writes an event in one durable commit, and returns its number when it is on
+// disk. What may not follow the entries that are there gives a *scope.Refusal,
+// and is not written.
+func (l *Log) Event(ctx context.Context, e *scope.Event, id Identity) (scope.Counter, error) {
+	if e == nil {
+		return 0, errors.New("record: there is no event")
+	}
+	if e.Scope().Hash() != id.Scope {
+		return 0, errors.New("record: the event stands under another scope than the certificate's")
+	}
+	r := l.send(ctx, &request{event: e, identity: id})
+	return scope.Counter(r.counter), r.err
 }
 
 // Usage returns what is used now of a scope's limits over time.
@@ -348,7 +363,7 @@ func (l *Log) rollback(err error) error {
 // entry adds one entry, or answers from the one that has the id. Only errors
 // of the database are returned; the request's own go to the request.
 func (l *Log) entry(r *request, head *Head, fresh map[int64]tlog.Hash) (added bool, err error) {
-	statement, use, at, err := l.statement(r, *head)
+	statement, st, err := l.statement(r, *head)
 	if err != nil {
 		r.err = err // it cannot be written down, so it is not done
 		return false, nil
@@ -375,11 +390,14 @@ func (l *Log) entry(r *request, head *Head, fresh map[int64]tlog.Hash) (added bo
 			return false, err
 		}
 	}
-	head.Size, head.Previous, head.Time = counter, sha256.Sum256(statement), at
-	if use != nil { // permitted
-		l.book.Add(*use)
+	head.Size, head.Previous, head.Time = counter, sha256.Sum256(statement), st.Time.Time
+	l.book.Replay(st)
+	switch {
+	case r.event != nil:
+		r.counter = counter
+	case st.Decision.Decision == scope.DecisionPermit:
 		r.receipt = &Receipt{statement: statement, counter: counter, id: r.action.ID}
-	} else if r.permit != nil { // a limit over time refused it
+	case r.permit != nil: // what the record holds refused it
 		r.err = r.refusal
 	}
 	return true, nil
@@ -424,22 +442,25 @@ func (l *Log) known(r *request) error {
 	return nil
 }
 
-// statement builds the entry's bytes from the parsed action. Here, where the
-// order of all actions is decided, limits over time are checked: use is nil if
-// one of them refuses, or if the action was refused before.
-func (l *Log) statement(r *request, head Head) (b []byte, use *scope.Use, at time.Time, err error) {
-	at = l.now()
+// statement builds the entry's bytes from the parsed action or the event. Here,
+// where the order of all entries is decided, what depends on the entries before it is
+// checked: a permit becomes a denial if one of the limits over time refuses it.
+func (l *Log) statement(r *request, head Head) (b []byte, s *scope.Statement, err error) {
+	at := l.now()
 	if r.permit != nil {
 		at = r.permit.Env().Now // the moment for which it was checked
 	}
 	at = later(at.UTC().Truncate(time.Microsecond), head.Time)
 	id := &r.identity
-	s := &scope.Statement{
+	s = &scope.Statement{
 		Version: 1, Issuer: id.Issuer, Agent: id.Agent, Counter: scope.Counter(head.Size + 1), Previous: head.Previous,
-		Time: scope.Timestamp{Time: at}, Expires: at.Add(id.Lifetime).Unix(),
+		Time: scope.Timestamp{Time: at}, Expires: at.Add(id.Lifetime).Unix(), Controls: l.book.Lasting(),
 		Decision:    scope.Decision{Decision: scope.DecisionPermit, Certificate: id.Certificate, Scope: id.Scope},
 		Attestation: scope.Attestation{Evidence: id.Evidence, Time: scope.Timestamp{Time: id.AttestedAt.UTC().Truncate(time.Microsecond)}},
 		Run:         id.Run,
+	}
+	if r.event != nil {
+		return l.event(r, s)
 	}
 	if r.permit != nil {
 		s.Run = r.permit.Env().Run // the one that was checked
@@ -449,7 +470,7 @@ func (l *Log) statement(r *request, head Head) (b []byte, use *scope.Use, at tim
 	}
 	if r.permit != nil {
 		if err := r.permitAt(at); err != nil {
-			return nil, nil, at, err
+			return nil, nil, err
 		}
 	}
 	if r.permit != nil && r.refusal == nil {
@@ -457,7 +478,6 @@ func (l *Log) statement(r *request, head Head) (b []byte, use *scope.Use, at tim
 		if refusal := l.book.Check(r.permit.Scope(), u); refusal != nil {
 			r.refusal = refusal
 		} else {
-			use = &u
 			s.Decision.Utilisation = l.book.Utilisation(r.permit.Scope(), u)
 			if n, ccy, ok := r.permit.Notional(); ok {
 				s.Decision.Notional = &scope.Amount{Amount: n, Currency: ccy}
@@ -470,5 +490,21 @@ func (l *Log) statement(r *request, head Head) (b []byte, use *scope.Use, at tim
 		s.Decision.Reference = &scope.Reference{Price: ref.Price, Currency: ref.Currency, Source: ref.Source, Time: scope.Timestamp{Time: ref.Time.UTC().Truncate(time.Microsecond)}}
 	}
 	b, err = s.Marshal()
-	return b, use, at, err
+	return b, s, err
+}
+
+// event makes the statement that of an event, if that may follow the entries there are.
+func (l *Log) event(r *request, s *scope.Statement) ([]byte, *scope.Statement, error) {
+	r.event.On(s)
+	b, err := s.Marshal()
+	if err != nil {
+		return nil, nil, err
+	}
+	if s, err = scope.ParseStatement(b); err != nil {
+		return nil, nil, err
+	}
+	if refusal := l.book.Admits(r.event.Scope(), s); refusal != nil {
+		return nil, nil, refusal
+	}
+	return b, s, nil
 }

@@ -86,6 +86,9 @@ type Book struct {
 	windows map[windowKey]*running
 	orders  map[string]Use // by ClOrdID, of those in uses
 	same    map[string]time.Time
+
+	lasting Counter      // the last event whose effect lasts
+	kills   []ActiveKill // in force
 }
 
 type windowKey struct {
@@ -219,6 +222,9 @@ func (s *Scope) limitsOf(u *Use, each func(k windowKey, of Decimal, count uint32
 func (b *Book) Check(s *Scope, u Use) *Refusal {
 	if u.Kind.reducesRisk() {
 		return nil
+	}
+	if r := b.killed(u.Kind, u.Audience); r != nil {
+		return r
 	}
 	d := &s.doc
 	if last, ok := b.same[u.Duplicate]; ok && u.Duplicate != "" && d.DuplicateMS != 0 {

@@ -95,9 +95,13 @@ type Statement struct {
 	Payment     *Payment    `json:"pay,omitzero"`
 	Party       *Party      `json:"pty,omitzero"`
 	Native      *Native     `json:"native,omitzero"`
+	Event       string      `json:"evt,omitzero"` // of an event, whose kind is act: the exact text of what is behind it
+	Controls    Counter     `json:"ctl,omitzero"` // number of the last event before it whose effect lasts; absent: there is none
 	Decision    Decision    `json:"scope"`
 	Attestation Attestation `json:"att"`
 	Run         *Run        `json:"run,omitempty"` // how the process that asked was started; absent where it is not confined
+
+	fact fact // what Event says; of ParseStatement
 }
 
 // Decision says under what the action was permitted, or by what it was denied.
@@ -165,6 +169,10 @@ func ParseStatement(b []byte) (*Statement, error) {
 		return nil, errors.New("statement: counters begin at 1")
 	case (s.Counter == 1) != (s.Previous == Digest{}):
 		return nil, errors.New("statement: only the first one has no predecessor")
+	case s.Controls >= s.Counter:
+		return nil, errors.New("statement: ctl is not the number of an earlier entry")
+	case s.Event != "" && s.Decision.Decision != DecisionEvent:
+		return nil, errors.New("statement: only an event has evt")
 	}
 	switch s.Decision.Decision {
 	case DecisionPermit:
@@ -178,8 +186,12 @@ func ParseStatement(b []byte) (*Statement, error) {
 		if s.Decision.Rule == "" {
 			return nil, errors.New("statement: a denial names its rule")
 		}
+	case DecisionEvent:
+		if err := s.validEvent(); err != nil {
+			return nil, err
+		}
 	default:
-		return nil, fmt.Errorf("statement: decision %s: permit or deny is expected", clipped(s.Decision.Decision))
+		return nil, fmt.Errorf("statement: decision %s: permit, deny or event is expected", clipped(s.Decision.Decision))
 	}
 	return &s, nil
 }

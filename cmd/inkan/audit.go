@@ -116,7 +116,7 @@ func (e *env) tell(r *audit.Report) {
 	if r.Filter != nil {
 		what = "export (" + r.Filter.String() + ")"
 	}
-	e.printf("The %s of %s verifies: %d entries, %d permits (%d signed), %d denials", what, r.Agent, r.Entries, r.Permits, r.Signed, r.Denials)
+	e.printf("The %s of %s verifies: %d entries, %d permits (%d signed), %d denials, %d events", what, r.Agent, r.Entries, r.Permits, r.Signed, r.Denials, r.Events)
 	if r.Entries > 0 {
 		e.printf(", from %s to %s", r.First.Format(scope.TimeFormat), r.Last.Format(scope.TimeFormat))
 	}
@@ -189,7 +189,7 @@ func auditShow(e *env, c *cli.Context) error {
 					o = &scope.Order{}
 				}
 				fmt.Fprintf(w, "%d\t%s\t%s\t%s\t%s\t%s\t%s\t%s\t%s\t%s\n", x.Counter, st.Time.Time.Format(scope.TimeFormat), st.Decision.Decision, st.Kind, st.Audience,
-					o.SecurityID, o.Side, text(o.OrderQty), text(o.Price), st.Decision.Message)
+					o.SecurityID, o.Side, text(o.OrderQty), text(o.Price), st.Decision.Message+st.Event)
 			}
 		})
 	})
