@@ -44,19 +44,7 @@ func TestSoftHSM(t *testing.T) {
 // TestNeverLeftBehind: the TPM ends with the process that started it, even if
 // that is killed.
 func TestNeverLeftBehind(t *testing.T) {
-	cmd := exec.Command(os.Args[0])
-	cmd.Env = append(os.Environ(), "INKAN_SIMULATOR_DIR="+t.TempDir())
-	out, err := cmd.StdoutPipe()
-	if err != nil {
-		t.Fatal(err)
-	}
-	if err := cmd.Start(); err != nil {
-		t.Fatal(err)
-	}
-	var pid int
-	if _, err := fmt.Fscan(out, &pid); err != nil {
-		t.Fatal(err)
-	}
+	pid, cmd := startAgain(t, "INKAN_SIMULATOR_DIR="+t.TempDir())
 	fd, err := unix.PidfdOpen(pid, 0)
 	if err != nil {
 		t.Fatal(err)
@@ -72,6 +60,25 @@ func TestNeverLeftBehind(t *testing.T) {
 	}
 }
 
+// startAgain runs this binary once more, which starts what the variable says,
+// prints its process id and waits.
+func startAgain(t *testing.T, variable string) (pid int, cmd *exec.Cmd) {
+	t.Helper()
+	cmd = exec.Command(os.Args[0])
+	cmd.Env, cmd.Stderr = append(os.Environ(), variable), os.Stderr
+	out, err := cmd.StdoutPipe()
+	if err != nil {
+		t.Fatal(err)
+	}
+	if err := cmd.Start(); err != nil {
+		t.Fatal(err)
+	}
+	if _, err := fmt.Fscan(out, &pid); err != nil {
+		t.Fatal(err)
+	}
+	return pid, cmd
+}
+
 func TestMain(m *testing.M) {
 	if dir := os.Getenv("INKAN_SIMULATOR_DIR"); dir != "" {
 		s, err := simulator.StartTPM(context.Background(), dir)
@@ -80,6 +87,15 @@ func TestMain(m *testing.M) {
 			os.Exit(1)
 		}
 		fmt.Println(s.PID())
+		select {}
+	}
+	if dir := os.Getenv("INKAN_SIMULATOR_POSTGRES"); dir != "" {
+		p, err := simulator.StartPostgreSQL(context.Background(), dir)
+		if err != nil {
+			fmt.Fprintln(os.Stderr, err)
+			os.Exit(1)
+		}
+		fmt.Println(p.PID())
 		select {}
 	}
 	os.Exit(m.Run())

@@ -25,3 +25,24 @@ func TPMForTest(tb testing.TB) *TPM {
 	})
 	return t
 }
+
+// PostgreSQLForTest starts a database server for a test and ends it with the
+// test. It fails the test where PostgreSQL is missing, and says what installs it.
+func PostgreSQLForTest(tb testing.TB) *PostgreSQL {
+	tb.Helper()
+	dir, err := os.MkdirTemp("", "pg") // shorter than tb.TempDir, and another user can get at it
+	if err != nil {
+		tb.Fatal(err)
+	}
+	tb.Cleanup(func() { _ = os.RemoveAll(dir) })
+	p, err := StartPostgreSQL(tb.Context(), dir)
+	if err != nil {
+		tb.Fatal(err)
+	}
+	tb.Cleanup(func() {
+		if err := p.Close(); err != nil {
+			tb.Error(err)
+		}
+	})
+	return p
+}

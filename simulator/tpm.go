@@ -1,6 +1,7 @@
 // Package simulator runs real software devices as child processes, for tests,
 // the demo and people's own test runs: [StartTPM] a TPM 2.0 (swtpm) with
-// endorsement key certificates, [NewSoftHSM] a PKCS#11 token. In a test one
+// endorsement key certificates, [NewSoftHSM] a PKCS#11 token,
+// [StartPostgreSQL] a database server. In a test one
 // line does: simulator.TPMForTest(t).
 package simulator
 
@@ -176,17 +177,23 @@ type child struct {
 	log  string
 }
 
-// startChild starts a program. The parent-death signal belongs to the thread
-// that starts the child, so that thread lives as long as the child does.
+// startChild starts a program.
 func startChild(log string, env []string, name string, args ...string) (*child, error) {
+	return startChildAs(nil, "", log, env, name, args...)
+}
+
+// startChildAs starts a program as another user, if one is given, in a
+// directory. The parent-death signal belongs to the thread that starts the
+// child, so that thread lives as long as the child does.
+func startChildAs(as *syscall.Credential, dir, log string, env []string, name string, args ...string) (*child, error) {
 	f, err := os.OpenFile(log, os.O_CREATE|os.O_APPEND|os.O_WRONLY, 0o600)
 	if err != nil {
 		return nil, err
 	}
 	cmd := exec.Command(name, args...)
-	cmd.Stdout, cmd.Stderr = f, f
+	cmd.Stdout, cmd.Stderr, cmd.Dir = f, f, dir
 	cmd.Env = append(os.Environ(), env...)
-	cmd.SysProcAttr = &syscall.SysProcAttr{Pdeathsig: syscall.SIGKILL, Setpgid: true}
+	cmd.SysProcAttr = &syscall.SysProcAttr{Pdeathsig: syscall.SIGKILL, Setpgid: true, Credential: as}
 	c := &child{cmd: cmd, done: make(chan struct{}), log: log}
 	started := make(chan error, 1)
 	go func() {
@@ -216,10 +223,12 @@ func (c *child) running() bool {
 	}
 }
 
-func (c *child) waitFor(ready func() bool) error {
+func (c *child) waitFor(ready func() bool) error { return c.waitUntil(10*time.Second, ready) }
+
+func (c *child) waitUntil(patience time.Duration, ready func() bool) error {
 	tick := time.NewTicker(2 * time.Millisecond)
 	defer tick.Stop()
-	limit := time.After(10 * time.Second)
+	limit := time.After(patience)
 	for !ready() {
 		select {
 		case <-c.done:
@@ -227,7 +236,7 @@ func (c *child) waitFor(ready func() bool) error {
 			return fmt.Errorf("%s ended at once: %s", filepath.Base(c.cmd.Path), strings.TrimSpace(string(b)))
 		case <-limit:
 			_ = c.end(syscall.SIGKILL)
-			return fmt.Errorf("%s was not ready after ten seconds; see %s", filepath.Base(c.cmd.Path), c.log)
+			return fmt.Errorf("%s was not ready after %v; see %s", filepath.Base(c.cmd.Path), patience, c.log)
 		case <-tick.C:
 		}
 	}
