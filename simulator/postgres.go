@@ -202,6 +202,9 @@ func (p *PostgreSQL) start() error {
 	args := append([]string{"-D", p.data(), "-k", p.Dir, "-c", "listen_addresses=", "-c", "fsync=on", "-c", "full_page_writes=on", "-c", "synchronous_commit=on",
 		"-c", "dynamic_shared_memory_type=mmap", // in the data directory, where nothing of it outlives the test
 		"-c", "shared_buffers=16MB", "-c", "max_connections=64"}, p.arguments...)
+	if err := p.unlockDead(); err != nil {
+		return err
+	}
 	log := filepath.Join(p.Dir, "postgres.log")
 	if err := os.Remove(log); err != nil && !errors.Is(err, os.ErrNotExist) { // what a failed start reports is its own
 		return err
@@ -219,6 +222,27 @@ func (p *PostgreSQL) start() error {
 		lines := strings.Split(strings.TrimSpace(string(b)), "\n")
 		return lines[0] == strconv.Itoa(c.cmd.Process.Pid) && strings.TrimSpace(lines[len(lines)-1]) == "ready"
 	})
+}
+
+// unlockDead removes the locks of a server that ended together with the process
+// that started it: where nobody waits for such orphans, their number stays taken.
+func (p *PostgreSQL) unlockDead() error {
+	lock := filepath.Join(p.data(), "postmaster.pid")
+	b, err := os.ReadFile(lock)
+	if errors.Is(err, os.ErrNotExist) {
+		return nil
+	} else if err != nil {
+		return err
+	}
+	pid, _, _ := strings.Cut(string(b), "\n")
+	status, err := os.ReadFile(filepath.Join("/proc", pid, "stat"))
+	if err != nil || !strings.Contains(string(status), ") Z ") {
+		return nil // it runs, or the server sees by itself that it does not
+	}
+	if err := os.Remove(p.socket() + ".lock"); err != nil && !errors.Is(err, os.ErrNotExist) {
+		return err
+	}
+	return os.Remove(lock)
 }
 
 // PID of the server's first process, the parent of the others.

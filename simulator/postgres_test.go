@@ -47,13 +47,13 @@ func TestPostgreSQLKeepsItsState(t *testing.T) {
 		t.Fatal(err)
 	}
 	for i, end := range []func() error{p.Kill, p.Close, p.Kill} {
-		if _, err := db.ExecContext(t.Context(), "INSERT INTO n VALUES($1)", i); err != nil {
+		if _, err := database(t, p.URL()).ExecContext(t.Context(), "INSERT INTO n VALUES($1)", i); err != nil {
 			t.Fatal(err)
 		}
 		if err := end(); err != nil {
 			t.Fatal(err)
 		}
-		if err := db.PingContext(t.Context()); err == nil {
+		if err := database(t, p.URL()).PingContext(t.Context()); err == nil { // a connection that was open may live a little longer
 			t.Fatal("it answers after its end")
 		}
 		if err := p.Restart(); err != nil {
@@ -147,6 +147,13 @@ func TestPostgreSQLNeverLeftBehind(t *testing.T) {
 		if n, err := unix.Poll(fds[i:i+1], 20_000); err != nil || n != 1 {
 			t.Errorf("process %d of the server is still there after twenty seconds: %v", i, err)
 		}
+	}
+	again, err := simulator.StartPostgreSQL(t.Context(), dir)
+	if err != nil {
+		t.Fatal(err)
+	}
+	if err := errors.Join(database(t, again.URL()).PingContext(t.Context()), again.Close()); err != nil {
+		t.Error(err)
 	}
 }
 
