@@ -41,6 +41,7 @@ func Contains(outer, inner *Scope) error {
 		when(o.DuplicateMS > i.DuplicateMS, RuleDuplicate, fmt.Sprintf("at least %d is expected", o.DuplicateMS)),
 		when(o.AttestationS != 0 && (i.AttestationS == 0 || i.AttestationS > o.AttestationS), RuleAttestationAge, fmt.Sprintf("at most %d is allowed", o.AttestationS)),
 		containsDestinations(o.Destinations, i.Destinations),
+		sources(o, i),
 		containsOS(o.OS, i.OS),
 	} {
 		if w != nil {

@@ -105,6 +105,12 @@ func (s *Scope) Describe() []string {
 		add("Only while the host's attestation is at most %s old.", time.Duration(d.AttestationS)*time.Second)
 	}
 	describeDestinations(d.Destinations, add)
+	if len(d.Networks) > 0 {
+		add("Only from addresses in: %s.", join(texts(d.Networks)))
+	}
+	if len(d.Regions) > 0 {
+		add("Only from addresses that are known to be in: %s.", join(d.Regions))
+	}
 	if d.OS != nil {
 		d.OS.describe(add)
 	}

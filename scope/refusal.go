@@ -35,6 +35,10 @@ const (
 	RuleReferenceStale    Rule = "reference_stale"
 	RuleCollar            Rule = "price_collar_bps"
 
+	// Where a request comes from: see CheckSource.
+	RuleSourceNetwork Rule = "source_network"
+	RuleSourceRegion  Rule = "source_region"
+
 	RuleCertificateExpired Rule = "certificate_expired" // of the signer: the action is after the certificate's end
 
 	// Limits over time, which the record holds: see Book.

@@ -5,6 +5,7 @@ import (
 	"crypto/sha256"
 	"errors"
 	"fmt"
+	"net/netip"
 	"slices"
 	"strings"
 	"time"
@@ -67,6 +68,10 @@ type document struct {
 	NotBefore    *time.Time `json:"not_before,omitempty"`
 	NotAfter     *time.Time `json:"not_after,omitempty"`
 	AttestationS uint32     `json:"max_attestation_age_s,omitzero"`
+
+	// Where its requests may come from: see CheckSource.
+	Networks []netip.Prefix `json:"source_networks,omitempty"`
+	Regions  []string       `json:"source_regions,omitempty"`
 
 	// What the operating system lets the agent's process do: see OS.
 	OS *OS `json:"os,omitempty"`
@@ -351,6 +356,9 @@ func (d *document) validateLimits() error {
 	}
 	if d.NotBefore != nil && d.NotAfter != nil && !d.NotBefore.Before(*d.NotAfter) {
 		return errors.New("not_before is not before not_after")
+	}
+	if err := d.validateSource(); err != nil {
+		return err
 	}
 	if d.OS != nil {
 		if err := d.OS.validate(); err != nil {

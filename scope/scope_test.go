@@ -7,6 +7,7 @@ import (
 	"maps"
 	"math/big"
 	"math/rand/v2"
+	"net/netip"
 	"os"
 	"path/filepath"
 	"slices"
@@ -29,10 +30,25 @@ type vector struct {
 		AttestedAt time.Time             `json:"attested_at"`
 		Reference  *scope.ReferencePrice `json:"reference"`
 		Run        *scope.Run            `json:"run"`
+		Source     *source               `json:"source"`
 	} `json:"env"`
 	Expect   string `json:"expect"`
 	Rule     string `json:"rule"`
 	Notional string `json:"notional"`
+}
+
+// source is where a request comes from; a vector without one says nothing of it.
+type source struct {
+	Address string   `json:"address"`
+	Regions []string `json:"regions"`
+}
+
+func (s *source) check(sc *scope.Scope) error {
+	from := scope.Source{Regions: s.Regions}
+	if s.Address != "" {
+		from.Address = netip.MustParseAddr(s.Address)
+	}
+	return scope.CheckSource(sc, from)
 }
 
 func vectors(t testing.TB) []vector {
@@ -113,6 +129,9 @@ func TestVectors(t *testing.T) {
 				all := scope.Explain(s, a, env)
 				if (err == nil) != (len(all) == 0) {
 					t.Errorf("Check says %v, Explain %v", err, all)
+				}
+				if err == nil && v.Env.Source != nil {
+					err = v.Env.Source.check(s)
 				}
 			}
 			r, denied := errors.AsType[*scope.Refusal](err)
@@ -238,6 +257,15 @@ func randomScope(r *rand.Rand) []byte {
 	}
 	if r.IntN(2) == 0 {
 		d["max_attestation_age_s"] = []int{60, 3600}[r.IntN(2)]
+	}
+	if r.IntN(3) == 0 {
+		d["source_networks"] = pick("192.0.2.0/25", "192.0.2.128/25", "2001:db8::/32")
+		if r.IntN(2) == 0 {
+			d["source_networks"] = []string{"192.0.2.0/24"}
+		}
+	}
+	if r.IntN(3) == 0 {
+		d["source_regions"] = pick("DE-HE", "FR", "FR-IDF"[:2+4*r.IntN(2)])
 	}
 	if r.IntN(3) == 0 {
 		d["not_before"] = "2026-11-24T09:00:00Z"

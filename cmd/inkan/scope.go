@@ -1,6 +1,7 @@
 package main
 
 import (
+	"errors"
 	"fmt"
 	"time"
 
@@ -15,11 +16,11 @@ func scopeCommand(e *env) *cli.Command {
 	flags := func(more ...cli.Flag) []cli.Flag {
 		return append([]cli.Flag{&cli.StringFlag{Name: "scope", Usage: "YAML or JSON `FILE`; - is standard input"}, jsonFlag()}, more...)
 	}
-	action := []cli.Flag{
+	action := append([]cli.Flag{
 		&cli.StringFlag{Name: "action", Usage: "JSON `FILE` with an action"},
 		&cli.StringFlag{Name: "reference", Usage: "JSON `FILE` with a reference price"},
 		&cli.TimestampFlag{Name: "at", Layout: time.RFC3339, Usage: "`TIME` of the action, now by default"},
-	}
+	}, sourceFlags()...)
 	return &cli.Command{
 		Name:  "scope",
 		Usage: "write, read and try out scopes",
@@ -99,9 +100,14 @@ func scopeCheck(e *env, c *cli.Context) error {
 		return err
 	}
 	p, err := scope.Check(s, a, env)
-	if err != nil {
+	if err == nil {
+		err = checkSource(c, s)
+	}
+	if refusal, ok := errors.AsType[*scope.Refusal](err); err != nil && !ok {
+		return err
+	} else if ok {
 		if c.Bool("json") {
-			if err := e.printJSON(map[string]any{"decision": "deny", "refusal": err}); err != nil {
+			if err := e.printJSON(map[string]any{"decision": "deny", "refusal": refusal}); err != nil {
 				return err
 			}
 		}
@@ -134,6 +140,13 @@ func scopeExplain(e *env, c *cli.Context) error {
 		return err
 	}
 	all := scope.Explain(s, a, env)
+	if err := checkSource(c, s); err != nil {
+		refusal, ok := errors.AsType[*scope.Refusal](err)
+		if !ok {
+			return err
+		}
+		all = append(all, refusal)
+	}
 	if len(all) == 0 {
 		return e.show(c, map[string]any{"decision": "permit"}, func() { e.printf("allowed\n") })
 	}
