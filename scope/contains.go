@@ -166,13 +166,44 @@ func overTime(o, i *document) *Wider {
 	for _, c := range []struct {
 		rule         Rule
 		outer, inner []CountWindow
-	}{{RuleOrdersWindow, o.OrderWindows, i.OrderWindows}, {RuleMessagesWindow, o.MessageWindows, i.MessageWindows}} {
+	}{{RuleOrdersWindow, o.OrderWindows, i.OrderWindows}, {RuleInstrumentCount, o.InstrumentCounts, i.InstrumentCounts}, {RuleVenueCount, o.VenueCounts, i.VenueCounts}} {
 		for _, l := range c.outer {
 			if !slices.ContainsFunc(c.inner, func(x CountWindow) bool {
 				return x.Window == l.Window && x.Count <= l.Count && !softer(l.Block, x.Block)
 			}) {
 				return &Wider{c.rule, fmt.Sprintf("at most %d in %s are allowed, and no softer block", l.Count, l.Window)}
 			}
+		}
+	}
+	for _, l := range o.MessageWindows { // what all venues together may have, each may
+		if !slices.ContainsFunc(i.MessageWindows, func(x MessageWindow) bool {
+			return (x.Venue == l.Venue || x.Venue == "") && x.Window == l.Window && x.Count <= l.Count && !softer(l.Block, x.Block)
+		}) {
+			return &Wider{RuleMessagesWindow, fmt.Sprintf("at most %d in %s are allowed, and no softer block", l.Count, l.Window)}
+		}
+	}
+	for _, l := range o.CollarWindows {
+		if !slices.ContainsFunc(i.CollarWindows, func(x CollarWindow) bool {
+			return x.Window == l.Window && x.BPS <= l.BPS && !softer(l.Block, x.Block)
+		}) {
+			return &Wider{RuleCollarWindow, fmt.Sprintf("at most %d in %s is allowed, and no softer block", l.BPS, l.Window)}
+		}
+	}
+	for _, l := range o.Throttles {
+		if !slices.ContainsFunc(i.Throttles, func(x Throttle) bool {
+			return x.Per == l.Per && x.Window == l.Window && x.Count <= l.Count && !softer(l.Block, x.Block)
+		}) {
+			return &Wider{RuleThrottle, fmt.Sprintf("at most %d in %s are allowed, and no softer block", l.Count, l.Window)}
+		}
+	}
+	if l, x := o.OpenOrders, i.OpenOrders; l != nil && (x == nil || x.Count > l.Count || softer(l.Block, x.Block)) {
+		return &Wider{RuleOpenOrders, fmt.Sprintf("at most %d is allowed, and no softer block", l.Count)}
+	}
+	for _, l := range o.OpenNotional {
+		if !slices.ContainsFunc(i.OpenNotional, func(x MoneyLimit) bool {
+			return x.Currency == l.Currency && x.Amount.Cmp(l.Amount) <= 0 && !softer(l.Block, x.Block)
+		}) && slices.ContainsFunc(i.OrderNotional, func(x MoneyLimit) bool { return x.Currency == l.Currency }) {
+			return &Wider{RuleOpenNotional, fmt.Sprintf("at most %s %s is allowed, and no softer block", l.Amount, l.Currency)}
 		}
 	}
 	// An entry of the inner scope for an instrument takes it out of the *, so

@@ -77,10 +77,36 @@ func (s *Scope) Describe() []string {
 		add("At most %d orders in %s%s.", l.Count, l.Window, l.Block.describe())
 	}
 	for _, l := range d.MessageWindows {
-		add("At most %d messages in %s, cancels counted and never refused%s.", l.Count, l.Window, l.Block.describe())
+		to := ""
+		if l.Venue != "" {
+			to = " to " + l.Venue
+		}
+		add("At most %d messages%s in %s, cancels counted and never refused%s.", l.Count, to, l.Window, l.Block.describe())
 	}
 	if d.DuplicateMS != 0 {
 		add("The same order again only after %s.", time.Duration(d.DuplicateMS)*time.Millisecond)
+	}
+	for _, l := range d.CollarWindows {
+		add("The prices of an instrument's orders in %s are at most %d basis points of the reference apart%s.", l.Window, l.BPS, l.Block.describe())
+	}
+	for _, l := range d.InstrumentCounts {
+		add("At most %d instruments in %s%s.", l.Count, l.Window, l.Block.describe())
+	}
+	for _, l := range d.VenueCounts {
+		add("At most %d venues in %s%s.", l.Count, l.Window, l.Block.describe())
+	}
+	if l := d.OpenOrders; l != nil {
+		add("At most %d orders are open at a time%s.", l.Count, l.Block.describe())
+	}
+	for _, l := range d.OpenNotional {
+		add("Open orders are worth at most %s %s together%s.", l.Amount, l.Currency, l.Block.describe())
+	}
+	for _, l := range d.Throttles {
+		who := "The agent"
+		if l.Per == PerStrategy {
+			who = "An execution algorithm"
+		}
+		add("%s is executed at most %d times in %s; one more disables it until a person enables it again%s.", who, l.Count, l.Window, l.Block.describe())
 	}
 	if len(d.Accounts) > 0 {
 		add("For the accounts: %s.", join(d.Accounts))

@@ -42,11 +42,18 @@ const (
 	RuleCertificateExpired Rule = "certificate_expired" // of the signer: the action is after the certificate's end
 
 	// Limits over time, which the record holds: see Book.
-	RuleDuplicate      Rule = "duplicate_window_ms"
-	RuleNotionalWindow Rule = "max_notional_per_window"
-	RuleQtyWindow      Rule = "max_qty_per_window"
-	RuleOrdersWindow   Rule = "max_orders_per_window"
-	RuleMessagesWindow Rule = "max_messages_per_window"
+	RuleDuplicate       Rule = "duplicate_window_ms"
+	RuleNotionalWindow  Rule = "max_notional_per_window"
+	RuleQtyWindow       Rule = "max_qty_per_window"
+	RuleOrdersWindow    Rule = "max_orders_per_window"
+	RuleMessagesWindow  Rule = "max_messages_per_window"
+	RuleCollarWindow    Rule = "price_collar_window_bps"
+	RuleInstrumentCount Rule = "max_instruments"
+	RuleVenueCount      Rule = "max_venues"
+	RuleOpenOrders      Rule = "max_open_orders"
+	RuleOpenNotional    Rule = "max_open_notional"
+	RuleDisabled        Rule = "disabled"                  // by the throttle, before
+	RuleThrottle        Rule = "repeat_execution_throttle" // which disables
 )
 
 // Refusal says which rule refuses an action, and by how much. Only Rule and
@@ -59,7 +66,13 @@ type Refusal struct {
 	Excess  string `json:"excess,omitempty"` // by how much the value passes the limit
 	Message string `json:"message"`          // one sentence for a person
 
-	FreeAt time.Time `json:"free_at,omitzero"` // limits over time: before then it is refused again
+	// Limits over time:
+	Key   string `json:"key,omitempty"`   // what the limit is for: a currency, an instrument, a venue or an algorithm
+	Used  string `json:"used,omitempty"`  // before the action
+	Left  string `json:"left,omitempty"`  // what may still be used
+	Block Block  `json:"block,omitempty"` // soft: a second person can lift it for one order
+
+	FreeAt time.Time `json:"free_at,omitzero"` // before then it is refused again; zero: no time frees it
 }
 
 // Error returns the rule and the sentence in one line.

@@ -32,6 +32,7 @@ type Scope struct {
 	notional    map[string]*MoneyLimit
 	qty         map[string]*QtyLimit
 	trading     *week // nil: at any time
+	limits      []limit
 }
 
 // document is the JSON form. Members are in the order of docs/scope.md.
@@ -58,11 +59,17 @@ type document struct {
 	Collar        *Collar      `json:"price_collar_bps,omitempty"`
 
 	// Limits over time, which only who has the record can check: see Book.
-	NotionalWindows []NotionalWindow `json:"max_notional_per_window,omitempty"`
-	QtyWindows      []QtyWindow      `json:"max_qty_per_window,omitempty"`
-	OrderWindows    []CountWindow    `json:"max_orders_per_window,omitempty"`
-	MessageWindows  []CountWindow    `json:"max_messages_per_window,omitempty"`
-	DuplicateMS     uint32           `json:"duplicate_window_ms,omitzero"`
+	NotionalWindows  []NotionalWindow `json:"max_notional_per_window,omitempty"`
+	QtyWindows       []QtyWindow      `json:"max_qty_per_window,omitempty"`
+	OrderWindows     []CountWindow    `json:"max_orders_per_window,omitempty"`
+	MessageWindows   []MessageWindow  `json:"max_messages_per_window,omitempty"`
+	DuplicateMS      uint32           `json:"duplicate_window_ms,omitzero"`
+	CollarWindows    []CollarWindow   `json:"price_collar_window_bps,omitempty"`
+	InstrumentCounts []CountWindow    `json:"max_instruments,omitempty"`
+	VenueCounts      []CountWindow    `json:"max_venues,omitempty"`
+	OpenOrders       *OpenOrders      `json:"max_open_orders,omitempty"`
+	OpenNotional     []MoneyLimit     `json:"max_open_notional,omitempty"`
+	Throttles        []Throttle       `json:"repeat_execution_throttle,omitempty"`
 
 	Trading      []Hours    `json:"trading_window,omitempty"`
 	NotBefore    *time.Time `json:"not_before,omitempty"`
@@ -203,6 +210,7 @@ func compile(d document) (*Scope, error) {
 		}
 	}
 	s.doc = d
+	s.limits = d.limits()
 	var err error
 	if s.canonical, err = strictjson.Marshal(&d); err != nil {
 		return nil, fmt.Errorf("scope: %w", err)
@@ -336,8 +344,8 @@ func (d *document) validateLimits() error {
 	if err := d.validateWindows(); err != nil {
 		return err
 	}
-	if d.DuplicateMS > uint32(MaxWindow/time.Millisecond) {
-		return fmt.Errorf("duplicate_window_ms is %d, at most %d is allowed", d.DuplicateMS, MaxWindow/time.Millisecond)
+	if d.DuplicateMS > maxDuplicateMS {
+		return fmt.Errorf("duplicate_window_ms is %d, at most %d is allowed", d.DuplicateMS, maxDuplicateMS)
 	}
 	for i := range d.Trading {
 		if err := d.Trading[i].normalise(); err != nil {

@@ -1,0 +1,107 @@
+package scope
+
+import (
+	"crypto/sha256"
+	"time"
+)
+
+// Use is what one permitted action uses of the limits over time. It is derived
+// from the action's statement, so that the record is the only truth.
+type Use struct {
+	At         time.Time
+	Counter    Counter // of the statement
+	Kind       Kind
+	ClOrdID    string
+	Replaces   string // OrigClOrdID
+	Audience   string
+	Side       string
+	Instrument string
+	Currency   string
+	Notional   Decimal
+	Qty        Decimal
+	TIF        string
+	Expires    string // ExpireTime
+	Strategy   string // the execution algorithm that pty.exe names
+	Reference  Decimal
+
+	priced    bool
+	low, high Decimal  // of the order's prices
+	same      [16]byte // equal for orders that are the same but for their ids; zero for what is no order
+}
+
+// UseOf returns what a permit's action uses, if it is done at a time.
+func UseOf(p *Permit, at time.Time) Use {
+	u := useOf(p.action, p.notional, p.currency, at)
+	if r := p.UsedReference(); r != nil {
+		u.Reference = r.Price
+	}
+	return u
+}
+
+// UseOfStatement returns what a permitted statement used.
+func UseOfStatement(s *Statement) Use {
+	var n Amount
+	if s.Decision.Notional != nil {
+		n = *s.Decision.Notional
+	}
+	u := useOf(s.Action(), n.Amount, n.Currency, s.Time.Time)
+	u.Counter = s.Counter
+	if r := s.Decision.Reference; r != nil {
+		u.Reference = r.Price
+	}
+	return u
+}
+
+func useOf(a *Action, notional Decimal, currency string, at time.Time) Use {
+	u := Use{At: at, Kind: a.Kind, Audience: a.Audience, Instrument: a.Instrument(), Currency: currency, Notional: notional}
+	if a.Party != nil && a.Party.Execution != nil {
+		u.Strategy = a.Party.Execution.Algorithm
+	}
+	o := a.Order
+	if o == nil {
+		return u
+	}
+	u.ClOrdID, u.Replaces, u.Side, u.TIF, u.Expires = o.ClOrdID, o.OrigClOrdID, o.Side, o.TimeInForce, o.ExpireTime
+	for _, q := range [...]*Decimal{o.OrderQty, o.BidSize, o.OfferSize} {
+		if q != nil {
+			u.Qty, _ = u.Qty.Add(*q) // three sizes of 18 digits: what overflows was refused by its notional
+		}
+	}
+	for _, px := range [...]*Decimal{o.Price, o.StopPx, o.BidPx, o.OfferPx} {
+		switch {
+		case px == nil:
+		case !u.priced:
+			u.priced, u.low, u.high = true, *px, *px
+		case px.Cmp(u.low) < 0:
+			u.low = *px
+		case px.Cmp(u.high) > 0:
+			u.high = *px
+		}
+	}
+	if a.Kind == OrderNew || a.Kind == OrderReplace {
+		u.same = sameness(o, u.Instrument)
+	}
+	return u
+}
+
+// sameness is a digest of what makes two orders the same.
+func sameness(o *Order, instrument string) (same [16]byte) {
+	b := make([]byte, 0, 512) // no identifier has '|', or it does not matter: lengths are there too
+	for _, s := range [...]string{o.Account, instrument, o.Side, o.OrdType, o.Currency} {
+		b = append(append(append(b, byte(len(s))), s...), '|')
+	}
+	for _, d := range [...]*Decimal{o.Price, o.StopPx, o.OrderQty, o.CashOrderQty} {
+		if d == nil {
+			b = append(b, 0)
+			continue
+		}
+		raw := d.scaled.Bytes32()
+		b = append(append(b, 1), raw[:]...)
+		if d.negative {
+			b = append(b, '-')
+		}
+	}
+	sum := sha256.Sum256(b)
+	copy(same[:], sum[:])
+	return same
+}
