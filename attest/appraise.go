@@ -41,6 +41,7 @@ type Expectation struct {
 	AuthPolicy   []byte         // of keys in local mode
 	ApproverAuth []byte         // authPolicy of keys in approver mode
 	Clock        *Clock         // of the last accepted evidence; nil at first
+	Epoch        uint64         // likewise, of its epoch counter; 0 at first
 	UnsafeClock  bool           // the device's record allows a clock that is not safe
 	MinFirmware  uint64         // the firmware must not be older; 0: any
 	VendorRoots  *x509.CertPool // for what an HSM's maker says of a key
@@ -67,6 +68,7 @@ type Result struct {
 	evidence    [32]byte
 	clock       Clock
 	firmware    uint64
+	epoch       uint64
 	endorsement string
 	at          time.Time
 }
@@ -88,6 +90,9 @@ func (r *Result) Clock() Clock { return r.clock }
 
 // Firmware is the TPM's firmware version in the quote.
 func (r *Result) Firmware() uint64 { return r.firmware }
+
+// Epoch is the value of the epoch counter, 0 where none was asked for.
+func (r *Result) Epoch() uint64 { return r.epoch }
 
 // Endorsement is Certified or Pinned.
 func (r *Result) Endorsement() string { return r.endorsement }
@@ -155,7 +160,10 @@ func Appraise(x *Expectation, ev *Evidence) (*Result, error) {
 	if err := a.quote(ev, r); err != nil {
 		return nil, err
 	}
-	if r.policy, err = matchPolicy(c, ev.PCRs); err != nil {
+	if r.epoch, err = a.epoch(ev); err != nil {
+		return nil, err
+	}
+	if r.policy, err = matchPolicy(c, ev.PCRs, r.epoch); err != nil {
 		return nil, err
 	}
 	if r.evidence, err = EvidenceDigest(ev); err != nil {
@@ -475,12 +483,12 @@ func (a *appraisal) clock(s *tpm2.TPMSAttest, r *Result) error {
 
 // matchPolicy returns the first approved policy that the values satisfy, of
 // those that the first key asked for works under.
-func matchPolicy(c *Challenge, values []PCRValue) (string, error) {
+func matchPolicy(c *Challenge, values []PCRValue, epoch uint64) (string, error) {
 	mode := ModeLocal
 	if c.Keys[0].Mode == ModeApprover {
 		mode = ModeApprover
 	}
-	list := OfMode(c.Policies, mode)
+	list := UsableWith(c.Policies, mode, c.Epoch != nil, epoch)
 	for i := range list {
 		p := &list[i]
 		if err := VerifyPolicy(c.PolicyKey, c.PolicyRef, p); err != nil {
@@ -491,6 +499,9 @@ func matchPolicy(c *Challenge, values []PCRValue) (string, error) {
 		}
 	}
 	if len(list) == 0 {
+		if c.Epoch != nil {
+			return "", refuse("P1", "no policy is approved for this device, keys in %s mode and epoch %d", mode, epoch)
+		}
 		return "", refuse("P1", "no policy is approved for this device and keys in %s mode", mode)
 	}
 	return "", refuse("P1", "the PCRs match none of %d approved policies: %s", len(list), Differences(list[0], values))

@@ -53,10 +53,14 @@ func AuthorizationRef(policyRef []byte) []byte {
 	return sum[:]
 }
 
-// ref is the policyRef that an approval is signed for: that of the mode it is for.
-func (p *ApprovedPolicy) ref(policyRef []byte) []byte {
+// PolicyRef is the policyRef that an approval is signed for: that of the mode
+// of the keys it is for, and of approvals that end with an epoch if it does.
+func (p *ApprovedPolicy) PolicyRef(policyRef []byte) []byte {
 	if p.Mode() == ModeApprover {
-		return ApproverPolicyRef(policyRef)
+		policyRef = ApproverPolicyRef(policyRef)
+	}
+	if p.Epoch > 0 {
+		policyRef = EpochPolicyRef(policyRef)
 	}
 	return policyRef
 }
@@ -93,7 +97,8 @@ func KeyPolicy(mode string, policyKey, policyRef []byte) ([]byte, error) {
 }
 
 // PolicyDigest returns the SHA-256 digest of what p approves: TPM2_PolicyPCR over
-// its values, then TPM2_PolicySigned for each of its approvers (Part 3, sections 23.7 and 23.3).
+// its values, TPM2_PolicyNV if it ends with an epoch, then TPM2_PolicySigned for
+// each of its approvers (Part 3, sections 23.7, 23.9 and 23.3).
 func PolicyDigest(p *ApprovedPolicy, policyRef []byte) ([]byte, error) {
 	digest, err := PCRPolicy(p.PCRs)
 	if err != nil {
@@ -101,6 +106,12 @@ func PolicyDigest(p *ApprovedPolicy, policyRef []byte) ([]byte, error) {
 	}
 	if len(p.Approvers) > MaxApprovers {
 		return nil, fmt.Errorf("%d approvers, at most %d are allowed", len(p.Approvers), MaxApprovers)
+	}
+	if err := validEpoch(p.Epoch); err != nil {
+		return nil, err
+	}
+	if p.Epoch > 0 {
+		digest = epochStep(digest, p.Epoch)
 	}
 	ref := AuthorizationRef(policyRef)
 	for i, area := range p.Approvers {

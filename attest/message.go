@@ -33,7 +33,8 @@ type Challenge struct {
 	Keys       []KeyRequest     `json:"keys"`
 	PolicyKey  []byte           `json:"policy_key"` // TPMT_PUBLIC of the issuer's policy key
 	PolicyRef  []byte           `json:"policy_ref"`
-	Policies   []ApprovedPolicy `json:"policies"` // those the device may use
+	Policies   []ApprovedPolicy `json:"policies"`        // those the device may use
+	Epoch      *EpochDemand     `json:"epoch,omitempty"` // absent: the device has no epochs
 }
 
 // Credential is the output of TPM2_MakeCredential for the EK and the AK's Name.
@@ -61,7 +62,8 @@ type Evidence struct {
 	Secret  []byte        `json:"secret,omitempty"` // from TPM2_ActivateCredential
 	PCRs    []PCRValue    `json:"pcrs"`             // in the order of the selection
 	Quote   Attested      `json:"quote"`
-	Keys    []KeyEvidence `json:"keys"` // in the order of the requests
+	Keys    []KeyEvidence `json:"keys"`            // in the order of the requests
+	Epoch   *Attested     `json:"epoch,omitempty"` // the epoch counter (TPM2_NV_Certify)
 }
 
 // Attested is a TPMS_ATTEST and the AK's signature over it.
@@ -115,5 +117,6 @@ type ApprovedPolicy struct {
 	Name      string     `json:"name"`
 	PCRs      []PCRValue `json:"pcrs"`                // ordered by bank, then index
 	Approvers [][]byte   `json:"approvers,omitempty"` // TPMT_PUBLIC of each
+	Epoch     uint64     `json:"epoch,omitzero"`      // it ends when the host's epoch counter is above; 0: it does not
 	Signature []byte     `json:"signature"`           // TPMT_SIGNATURE of the policy key over H(policy digest | policyRef of the mode)
 }

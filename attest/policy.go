@@ -179,10 +179,16 @@ func Approval(digest, ref []byte) [32]byte {
 // SignPolicy approves PCR values with the policy key, a P-256 key: for keys in
 // local mode, or with approvers for those in approver mode.
 func SignPolicy(key crypto.Signer, name string, values []PCRValue, ref []byte, approvers ...*ecdsa.PublicKey) (*ApprovedPolicy, error) {
+	return SignEpochPolicy(key, name, values, ref, 0, approvers...)
+}
+
+// SignEpochPolicy is [SignPolicy] for an approval that ends when a host's epoch
+// counter is above epoch; 0 is without one.
+func SignEpochPolicy(key crypto.Signer, name string, values []PCRValue, ref []byte, epoch uint64, approvers ...*ecdsa.PublicKey) (*ApprovedPolicy, error) {
 	if !validName(name) {
 		return nil, fmt.Errorf("policy name %.80q: 1 to 64 letters, digits, dots, dashes and underscores are expected", name)
 	}
-	p := &ApprovedPolicy{Name: name, PCRs: slices.Clone(values)}
+	p := &ApprovedPolicy{Name: name, PCRs: slices.Clone(values), Epoch: epoch}
 	for _, k := range approvers {
 		area, err := PolicyKeyPublic(k)
 		if err != nil {
@@ -194,7 +200,7 @@ func SignPolicy(key crypto.Signer, name string, values []PCRValue, ref []byte, a
 	if err != nil {
 		return nil, err
 	}
-	a := Approval(digest, p.ref(ref))
+	a := Approval(digest, p.PolicyRef(ref))
 	der, err := key.Sign(rand.Reader, a[:], crypto.SHA256)
 	if err != nil {
 		return nil, fmt.Errorf("signing with the policy key: %w", err)
@@ -243,7 +249,7 @@ func VerifyPolicy(policyKey, policyRef []byte, p *ApprovedPolicy) error {
 	if err != nil {
 		return err
 	}
-	if err := verifyECDSA(key, Approval(digest, p.ref(policyRef)), p.Signature); err != nil {
+	if err := verifyECDSA(key, Approval(digest, p.PolicyRef(policyRef)), p.Signature); err != nil {
 		return fmt.Errorf("approved policy %s: %w", p.Name, err)
 	}
 	return nil

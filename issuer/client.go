@@ -12,6 +12,7 @@ import (
 	"strings"
 	"time"
 
+	"inkan/attest"
 	"inkan/internal/problem"
 	"inkan/internal/strictjson"
 )
@@ -70,6 +71,12 @@ func (c *Client) AddDevice(ctx context.Context, d Device) error {
 // Devices lists the inventory's devices.
 func (c *Client) Devices(ctx context.Context) (out []Device, err error) {
 	return out, c.call(ctx, http.MethodGet, "/v1/devices", nil, &out)
+}
+
+// SetEpoch demands that a device's epoch counter be at least n from its next
+// enrolment or renewal on. It is not taken back.
+func (c *Client) SetEpoch(ctx context.Context, id string, n uint64) error {
+	return c.call(ctx, http.MethodPost, "/v1/devices/"+url.PathEscape(id)+"/epoch", attest.EpochDemand{AtLeast: n}, nil)
 }
 
 // RemoveDevice removes a device whose agents are retired.

@@ -210,6 +210,13 @@ func (i *Issuer) adminHandler() http.Handler {
 		}
 		return nil, i.store.addDevice(r.Context(), d, i.now())
 	})
+	handle("POST /v1/devices/{id}/epoch", func(r *http.Request) (any, error) {
+		var e attest.EpochDemand
+		if err := read(r, &e); err != nil {
+			return nil, err
+		}
+		return nil, i.store.setEpoch(r.Context(), r.PathValue("id"), e.AtLeast, i.now())
+	})
 	handle("DELETE /v1/devices/{id}", func(r *http.Request) (any, error) {
 		return nil, i.store.removeDevice(r.Context(), r.PathValue("id"), i.now())
 	})
@@ -242,6 +249,9 @@ func (i *Issuer) adminHandler() http.Handler {
 		}
 		if p.Device != "*" && !validID(p.Device) {
 			return nil, fmt.Errorf("device %.80q: %w: a device id or * is expected", p.Device, ErrInvalid)
+		}
+		if p.Device == "*" && p.Approved.Epoch > 0 {
+			return nil, fmt.Errorf("policy %s: %w: an approval with an epoch is for one device: each TPM counts by itself", p.Approved.Name, ErrInvalid)
 		}
 		return nil, i.store.addPolicy(r.Context(), p, i.now())
 	})

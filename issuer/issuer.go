@@ -104,6 +104,7 @@ type Issuer struct {
 	policyKey []byte // TPMT_PUBLIC
 	policyRef []byte
 	auth      map[string][]byte // authPolicy of agents' keys, by mode
+	epochAuth map[string][]byte // likewise, on devices that have epochs
 	store     *store
 	log       *slog.Logger
 	now       func() time.Time
@@ -120,7 +121,7 @@ type Issuer struct {
 
 // New opens the issuer in dir with its CA key. Close it.
 func New(ctx context.Context, dir string, c *Config, key crypto.Signer, log *slog.Logger) (*Issuer, error) {
-	i := &Issuer{config: c, key: key, log: log, now: time.Now, policyRef: attest.PolicyRef(c.TrustDomain), auth: make(map[string][]byte), metrics: newMetrics()}
+	i := &Issuer{config: c, key: key, log: log, now: time.Now, policyRef: attest.PolicyRef(c.TrustDomain), auth: make(map[string][]byte), epochAuth: make(map[string][]byte), metrics: newMetrics()}
 	i.sessions, i.limit = newSessions(), limiter{rate: perAddressRate, burst: perAddressBurst}
 	var err error
 	if i.ca, err = readCertificate(filepath.Join(dir, CAFile)); err != nil {
@@ -138,6 +139,9 @@ func New(ctx context.Context, dir string, c *Config, key crypto.Signer, log *slo
 	}
 	for _, mode := range []string{attest.ModeLocal, attest.ModeApprover} {
 		if i.auth[mode], err = attest.KeyPolicy(mode, i.policyKey, i.policyRef); err != nil {
+			return nil, err
+		}
+		if i.epochAuth[mode], err = attest.EpochKeyPolicy(mode, i.policyKey, i.policyRef); err != nil {
 			return nil, err
 		}
 	}

@@ -173,16 +173,20 @@ func (i *Issuer) challenge(ctx context.Context, d *Device, a *Agent) (*attest.Ch
 		Session: random(attest.SessionSize), Nonce: random(attest.NonceSize), Expires: i.now().Add(sessionTTL).UTC().Truncate(time.Second),
 		PCRs: attest.Union(policies), Policies: policies, PolicyKey: i.policyKey, PolicyRef: i.policyRef,
 	}
+	auth := i.auth
+	if d.EpochMin > 0 {
+		c.Epoch, auth = &attest.EpochDemand{AtLeast: d.EpochMin}, i.epochAuth
+	}
 	switch {
 	case a.HSM:
 		c.Keys = []attest.KeyRequest{{Purpose: attest.PurposeAction, Protection: attest.ProtectionHSM, Vendor: a.Vendor}}
 	case a.Approver:
-		c.Keys = []attest.KeyRequest{{Purpose: attest.PurposeAction, Mode: attest.ModeApprover, Template: attest.KeyTemplate(i.auth[attest.ModeApprover])}}
+		c.Keys = []attest.KeyRequest{{Purpose: attest.PurposeAction, Mode: attest.ModeApprover, Template: attest.KeyTemplate(auth[attest.ModeApprover])}}
 	default:
-		c.Keys = []attest.KeyRequest{{Purpose: attest.PurposeAction, Template: attest.KeyTemplate(i.auth[attest.ModeLocal])}}
+		c.Keys = []attest.KeyRequest{{Purpose: attest.PurposeAction, Template: attest.KeyTemplate(auth[attest.ModeLocal])}}
 	}
 	if a.TLS || a.Approver { // approvers are reached with it
-		c.Keys = append(c.Keys, attest.KeyRequest{Purpose: attest.PurposeTLS, Template: attest.KeyTemplate(i.auth[attest.ModeLocal])})
+		c.Keys = append(c.Keys, attest.KeyRequest{Purpose: attest.PurposeTLS, Template: attest.KeyTemplate(auth[attest.ModeLocal])})
 	}
 	return c, nil
 }
@@ -198,9 +202,13 @@ func (i *Issuer) finish(ctx context.Context, ev *attest.Evidence, binding []byte
 	if err != nil {
 		return nil, err
 	}
+	auth := i.auth
+	if x.challenge.Epoch != nil {
+		auth = i.epochAuth
+	}
 	result, err := attest.Appraise(&attest.Expectation{
 		Challenge: x.challenge, Binding: binding, Secret: x.secret, Endorsement: x.endorsement, AK: x.hello.AKPublic, SRK: x.hello.SRKPublic,
-		AuthPolicy: i.auth[attest.ModeLocal], ApproverAuth: i.auth[attest.ModeApprover], Clock: x.device.clock, UnsafeClock: x.device.UnsafeClock, MinFirmware: uint64(x.device.MinFirmware), AppraisalNow: i.now(), VendorRoots: a.vendorRoots(),
+		AuthPolicy: auth[attest.ModeLocal], ApproverAuth: auth[attest.ModeApprover], Clock: x.device.clock, Epoch: x.device.Epoch, UnsafeClock: x.device.UnsafeClock, MinFirmware: uint64(x.device.MinFirmware), AppraisalNow: i.now(), VendorRoots: a.vendorRoots(),
 	}, ev)
 	if err != nil {
 		return nil, err
@@ -223,8 +231,8 @@ func (i *Issuer) appraised(ctx context.Context, x *session, ev *attest.Evidence,
 		if _, err := tx.ExecContext(ctx, "INSERT OR IGNORE INTO evidence(sha256, document) VALUES(?, ?)", digest, doc); err != nil {
 			return err
 		}
-		res, err := tx.ExecContext(ctx, "UPDATE device SET ak = ?, srk = ?, clock_ms = ?, resets = ?, restarts = ? WHERE id = ? AND (ak IS NULL OR ak = ?)",
-			x.hello.AKPublic, x.hello.SRKPublic, int64(clock.Milliseconds), clock.Resets, clock.Restarts, x.device.ID, x.hello.AKPublic)
+		res, err := tx.ExecContext(ctx, "UPDATE device SET ak = ?, srk = ?, clock_ms = ?, resets = ?, restarts = ?, epoch = max(epoch, ?) WHERE id = ? AND (ak IS NULL OR ak = ?)",
+			x.hello.AKPublic, x.hello.SRKPublic, int64(clock.Milliseconds), clock.Resets, clock.Restarts, int64(r.Epoch()), x.device.ID, x.hello.AKPublic)
 		if err := constraint(err, "attestation key"); err != nil {
 			return refuse("E9", "%v", err)
 		}
@@ -232,7 +240,7 @@ func (i *Issuer) appraised(ctx context.Context, x *session, ev *attest.Evidence,
 			return refuse("E9", "device %s was removed, or has another attestation key by now", x.device.ID)
 		}
 		return event(ctx, tx, Event{Time: r.Time(), Kind: "appraised", Agent: x.agent, Device: x.device.ID, Check: "P1",
-			Detail: fmt.Sprintf("EK %s, policy %s, firmware %#x", r.Endorsement(), r.Policy(), r.Firmware()), Evidence: digest})
+			Detail: fmt.Sprintf("EK %s, policy %s, firmware %#x, epoch %d", r.Endorsement(), r.Policy(), r.Firmware(), r.Epoch()), Evidence: digest})
 	})
 }
 

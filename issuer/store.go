@@ -34,6 +34,8 @@ CREATE TABLE device(
 	ak            BLOB UNIQUE,           -- TPMT_PUBLIC, from the first accepted evidence on
 	srk           BLOB,
 	clock_ms      INTEGER, resets INTEGER, restarts INTEGER,
+	epoch_min     INTEGER NOT NULL DEFAULT 0, -- that the epoch counter must have; 0: the device has no epochs
+	epoch         INTEGER NOT NULL DEFAULT 0, -- that it had at the last accepted evidence
 	created       INTEGER NOT NULL
 ) STRICT;
 CREATE TABLE agent(
@@ -100,7 +102,9 @@ type Device struct {
 	AllowExpired  bool   `json:"allow_expired,omitzero"`  // of the EK certificate
 	UnsafeClock   bool   `json:"unsafe_clock,omitzero"`   // accept a clock after a loss of power
 	MinFirmware   int64  `json:"min_firmware,omitzero"`
-	Enrolled      bool   `json:"enrolled,omitzero"` // it has an AK on record; output only
+	Enrolled      bool   `json:"enrolled,omitzero"`  // it has an AK on record; output only
+	EpochMin      uint64 `json:"epoch_min,omitzero"` // that its epoch counter must have; 0: it has no epochs; output only
+	Epoch         uint64 `json:"epoch,omitzero"`     // that it had at the last accepted evidence; output only
 	ak, srk       []byte
 	clock         *attest.Clock
 }
@@ -268,13 +272,13 @@ func (s *store) addDevice(ctx context.Context, d Device, now time.Time) error {
 	})
 }
 
-const deviceColumns = "id, ek, roots, intermediates, crls, allow_expired, unsafe_clock, min_firmware, ak, srk, clock_ms, resets, restarts"
+const deviceColumns = "id, ek, roots, intermediates, crls, allow_expired, unsafe_clock, min_firmware, ak, srk, clock_ms, resets, restarts, epoch_min, epoch"
 
 func scanDevice(row interface{ Scan(...any) error }) (*Device, error) {
 	var d Device
 	var ek []byte
 	var ms, resets, restarts sql.NullInt64
-	if err := row.Scan(&d.ID, &ek, &d.Roots, &d.Intermediates, &d.CRLs, &d.AllowExpired, &d.UnsafeClock, &d.MinFirmware, &d.ak, &d.srk, &ms, &resets, &restarts); err != nil {
+	if err := row.Scan(&d.ID, &ek, &d.Roots, &d.Intermediates, &d.CRLs, &d.AllowExpired, &d.UnsafeClock, &d.MinFirmware, &d.ak, &d.srk, &ms, &resets, &restarts, &d.EpochMin, &d.Epoch); err != nil {
 		return nil, err
 	}
 	d.EK, d.Enrolled = hex.EncodeToString(ek), d.ak != nil

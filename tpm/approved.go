@@ -199,7 +199,8 @@ next:
 }
 
 // signIn satisfies the policy in the session and signs: with everything loaded,
-// that is a command for the PCRs, one for each approver, one for the policy key and the signature.
+// that is a command for the PCRs, one for the epoch if there is one, one for each
+// approver, one for the policy key and the signature.
 func (k *Key) signIn(p *parked, u *use, satisfied []candidate, got map[string]*attest.Authorization, cpHash [32]byte, digest []byte) (*tpm2.TPMSSignatureECC, error) {
 	d := k.device
 	x, c, err := k.approvedState(p, u, satisfied)
@@ -226,7 +227,7 @@ func (k *Key) signIn(p *parked, u *use, satisfied []candidate, got map[string]*a
 		}
 	}
 	if _, err := (tpm2.PolicyAuthorize{
-		PolicySession: session, ApprovedPolicy: tpm2.TPM2BDigest{Buffer: x.digest}, PolicyRef: tpm2.TPM2BDigest{Buffer: attest.ApproverPolicyRef(u.policies.Ref)},
+		PolicySession: session, ApprovedPolicy: tpm2.TPM2BDigest{Buffer: x.digest}, PolicyRef: tpm2.TPM2BDigest{Buffer: x.ref},
 		KeySign: x.authority.name, CheckTicket: x.authority.ticket,
 	}).Execute(d.link); err != nil {
 		return nil, answer(err)
@@ -252,7 +253,7 @@ func answer(err error) error {
 	return err
 }
 
-// approvedState applies PolicyPCR for the policy that was right last time, or
+// approvedState applies PolicyPCR, and PolicyNV where there are epochs, for the policy that was right last time, or
 // for the one that the PCRs have the values of.
 func (k *Key) approvedState(p *parked, u *use, satisfied []candidate) (*prepared, candidate, error) {
 	d := k.device
@@ -261,7 +262,15 @@ func (k *Key) approvedState(p *parked, u *use, satisfied []candidate) (*prepared
 		if err != nil {
 			return nil, err
 		}
-		_, err = tpm2.PolicyPCR{PolicySession: p.session.Handle(), PcrDigest: tpm2.TPM2BDigest{Buffer: x.pcrDigest}, Pcrs: x.selection}.Execute(d.link)
+		if _, err = (tpm2.PolicyPCR{PolicySession: p.session.Handle(), PcrDigest: tpm2.TPM2BDigest{Buffer: x.pcrDigest}, Pcrs: x.selection}).Execute(d.link); err != nil || c.policy.Epoch == 0 {
+			return x, err
+		}
+		p.spoiled = true // the session has the PCRs in it
+		err = policyEpoch(d.link, c.policy.Epoch, p.session.Handle())
+		if errors.Is(err, tpm2.TPMRCPolicy) {
+			k.last = "" // it has ended: begin anew with what has not
+			err = errStale
+		}
 		return x, err
 	}
 	for _, c := range satisfied {
@@ -280,12 +289,12 @@ func (k *Key) approvedState(p *parked, u *use, satisfied []candidate) (*prepared
 	for _, c := range satisfied {
 		policies = append(policies, *c.policy)
 	}
-	current, err := d.readPCRs(attest.Union(policies))
+	now, err := d.state(policies)
 	if err != nil {
 		return nil, candidate{}, err
 	}
 	for _, c := range satisfied {
-		if attest.Matches(*c.policy, current) {
+		if now.fits(c.policy) {
 			x, err := pcr(c)
 			if err == nil {
 				k.last = c.policy.Name
@@ -293,7 +302,7 @@ func (k *Key) approvedState(p *parked, u *use, satisfied []candidate) (*prepared
 			return x, c, err
 		}
 	}
-	return nil, candidate{}, &PCRError{Current: current, Policies: policies}
+	return nil, candidate{}, now.none(policies)
 }
 
 // external loads the public part of an approver's key, or finds it loaded.

@@ -123,8 +123,9 @@ func (d *Device) do(what string, sequence func() error) error {
 // known errors leave everything as it was.
 func known(err error) bool {
 	var p *PCRError
+	var e *EpochError
 	var a answered
-	return errors.As(err, &p) || errors.As(err, &a) || errors.Is(err, ErrNoPolicy) || errors.Is(err, errStale)
+	return errors.As(err, &p) || errors.As(err, &e) || errors.As(err, &a) || errors.Is(err, ErrNoPolicy) || errors.Is(err, errStale)
 }
 
 func (d *Device) once(sequence func() error) error {

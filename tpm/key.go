@@ -131,20 +131,31 @@ func (d *Device) LoadKey(file []byte, policies *Policies) (*Key, error) {
 // SetPolicies changes what the key may be used under, from the next signature on.
 func (k *Key) SetPolicies(p *Policies) { k.use.Store(newUse(p, k.area)) }
 
-// newUse sorts what the policy key approved by the modes of keys.
+// newUse sorts what the policy key approved by the kinds of keys. The key's own
+// kind is in its authPolicy.
 func newUse(p *Policies, area []byte) *use {
 	u := &use{policies: p}
 	if p == nil {
 		return u
 	}
-	u.local = attest.OfMode(p.Approved, attest.ModeLocal)
-	for _, a := range attest.OfMode(p.Approved, attest.ModeApprover) {
+	var epochs bool
+	for _, with := range []bool{false, true} {
+		policy := attest.KeyPolicy
+		if with {
+			policy = attest.EpochKeyPolicy
+		}
+		for _, mode := range []string{attest.ModeLocal, attest.ModeApprover} {
+			if auth, err := policy(mode, p.PolicyKey, p.Ref); err == nil && attest.HasTemplate(area, attest.KeyTemplate(auth)) {
+				u.approver, epochs = mode == attest.ModeApprover, with
+			}
+		}
+	}
+	u.local = attest.UsableWith(p.Approved, attest.ModeLocal, epochs, 0)
+	for _, a := range attest.UsableWith(p.Approved, attest.ModeApprover, epochs, 0) {
 		if ids, err := a.ApproverIDs(); err == nil { // a malformed one serves nobody
 			u.candidates = append(u.candidates, candidate{&a, ids})
 		}
 	}
-	auth, err := attest.KeyPolicy(attest.ModeApprover, p.PolicyKey, p.Ref)
-	u.approver = err == nil && attest.HasTemplate(area, attest.KeyTemplate(auth))
 	return u
 }
 
@@ -209,7 +220,8 @@ func (d *Device) makeRoom(n int) error {
 }
 
 // Sign signs a SHA-256 digest and returns the signature in ASN.1 DER. It
-// fails with a *PCRError when the host is not in an approved state. For a key
+// fails with a *PCRError when the host is not in an approved state, with an
+// *EpochError when the approvals of its state have ended. For a key
 // in approver mode opts must be an [Authorizer].
 func (k *Key) Sign(_ io.Reader, digest []byte, opts crypto.SignerOpts) ([]byte, error) {
 	if opts == nil || opts.HashFunc() != crypto.SHA256 {

@@ -44,7 +44,7 @@ func (d *Device) dropSession() {
 }
 
 // satisfy brings the session into the state that the key's authPolicy demands:
-// PolicyPCR with an approved policy's values, then PolicyAuthorize. The policy
+// PolicyPCR with an approved policy's values, PolicyNV if it ends with an epoch, then PolicyAuthorize. The policy
 // that was right last time is tried first, so PCRs are read only after a change.
 func (k *Key) satisfy(u *use) (tpm2.Session, error) {
 	d, p := k.device, u.policies
@@ -54,12 +54,12 @@ func (k *Key) satisfy(u *use) (tpm2.Session, error) {
 	approved := find(u.local, k.last)
 	for read := approved == nil; ; read = true {
 		if read {
-			current, err := d.readPCRs(attest.Union(u.local))
+			now, err := d.state(u.local)
 			if err != nil {
 				return nil, err
 			}
-			if approved = matching(u.local, current); approved == nil {
-				return nil, &PCRError{Current: current, Policies: u.local}
+			if approved = matching(u.local, &now); approved == nil {
+				return nil, now.none(u.local)
 			}
 		}
 		s, err := d.authorize(p, approved)
@@ -68,7 +68,7 @@ func (k *Key) satisfy(u *use) (tpm2.Session, error) {
 			return s, nil
 		}
 		d.dropSession()
-		if read || !errors.Is(err, tpm2.TPMRCValue) && !errors.Is(err, tpm2.TPMRCPCRChanged) {
+		if read || !errors.Is(err, tpm2.TPMRCValue) && !errors.Is(err, tpm2.TPMRCPCRChanged) && !errors.Is(err, tpm2.TPMRCPolicy) {
 			return nil, err
 		}
 	}
@@ -83,9 +83,9 @@ func find(list []attest.ApprovedPolicy, name string) *attest.ApprovedPolicy {
 	return nil
 }
 
-func matching(list []attest.ApprovedPolicy, current []attest.PCRValue) *attest.ApprovedPolicy {
+func matching(list []attest.ApprovedPolicy, now *current) *attest.ApprovedPolicy {
 	for i := range list {
-		if attest.Matches(list[i], current) {
+		if now.fits(&list[i]) {
 			return &list[i]
 		}
 	}
@@ -95,11 +95,12 @@ func matching(list []attest.ApprovedPolicy, current []attest.PCRValue) *attest.A
 // prepared is what does not change between uses of an approved policy.
 type prepared struct {
 	digest    []byte
+	ref       []byte // policyRef of the approval
 	pcrDigest []byte
 	selection tpm2.TPMLPCRSelection
 	authority *authority
 
-	// The two commands for a session, as they go to the TPM: they are the same
+	// The commands for a session, as they go to the TPM: they are the same
 	// for each signature, and making them takes as long as sending them.
 	session  tpm2.TPMHandle
 	commands [][]byte
@@ -153,7 +154,7 @@ func (d *Device) prepare(p *Policies, approved *attest.ApprovedPolicy) (*prepare
 	if len(d.prepared) > 64 {
 		clear(d.prepared)
 	}
-	x := &prepared{digest: digest, pcrDigest: attest.PCRDigest(approved.PCRs), selection: *selection, authority: authority}
+	x := &prepared{digest: digest, ref: approved.PolicyRef(p.Ref), pcrDigest: attest.PCRDigest(approved.PCRs), selection: *selection, authority: authority}
 	d.prepared[cache] = x
 	return x, nil
 }
@@ -170,6 +171,9 @@ func (d *Device) authorize(p *Policies, approved *attest.ApprovedPolicy) (tpm2.S
 	if x.commands != nil && x.session == s.Handle() {
 		for _, c := range x.commands {
 			if err := d.link.replay(c); err != nil {
+				if approved.Epoch > 0 {
+					err = epochGone(err)
+				}
 				return nil, err
 			}
 		}
@@ -183,10 +187,15 @@ func (d *Device) authorize(p *Policies, approved *attest.ApprovedPolicy) (tpm2.S
 	}).Execute(to); err != nil {
 		return nil, err
 	}
+	if approved.Epoch > 0 {
+		if err := policyEpoch(to, approved.Epoch, s.Handle()); err != nil {
+			return nil, err
+		}
+	}
 	if _, err := (tpm2.PolicyAuthorize{
 		PolicySession:  s.Handle(),
 		ApprovedPolicy: tpm2.TPM2BDigest{Buffer: x.digest},
-		PolicyRef:      tpm2.TPM2BDigest{Buffer: p.Ref},
+		PolicyRef:      tpm2.TPM2BDigest{Buffer: x.ref},
 		KeySign:        x.authority.name,
 		CheckTicket:    x.authority.ticket,
 	}).Execute(to); err != nil {
@@ -218,11 +227,7 @@ func (d *Device) verified(p *Policies, approved *attest.ApprovedPolicy, digest [
 		return nil, err
 	}
 	defer d.flush(key.ObjectHandle)
-	ref := p.Ref
-	if approved.Mode() == attest.ModeApprover {
-		ref = attest.ApproverPolicyRef(p.Ref)
-	}
-	approval := attest.Approval(digest, ref)
+	approval := attest.Approval(digest, approved.PolicyRef(p.Ref))
 	rsp, err := tpm2.VerifySignature{
 		KeyHandle: tpm2.NamedHandle{Handle: key.ObjectHandle, Name: key.Name},
 		Digest:    tpm2.TPM2BDigest{Buffer: approval[:]},

@@ -1,6 +1,7 @@
 package main
 
 import (
+	"cmp"
 	"context"
 	"crypto"
 	"encoding/base64"
@@ -11,6 +12,7 @@ import (
 	"os"
 	"os/user"
 	"path/filepath"
+	"strconv"
 	"strings"
 	"time"
 
@@ -33,7 +35,9 @@ type world struct {
 	withFaults bool // a module that does harm on demand stands before the token's
 	faults     *simulator.FaultModule
 
-	withApprover bool // agents' keys are in approver mode
+	withApprover bool   // agents' keys are in approver mode, under approvals with an epoch
+	approverDir  string // of the approver whose TLS certificate the signer knows
+	epoch        uint64 // of the host
 	approverAt   []string
 	keyURI       string // of the action key in the token; empty: it is in the TPM
 	plainURI     string // the same with the PIN in a file, before it was sealed
@@ -165,11 +169,23 @@ func (w *world) inventory(ctx context.Context) error {
 	if _, err := w.run(ctx, "issuer", "device", "add", "--dir", dir, "--id", "host1", "--ek-certificate", w.path("ek.pem"), "--ek-root", w.tpm.RootsFile(), "--ek-intermediate", w.tpm.IntermediatesFile()); err != nil {
 		return err
 	}
+	if w.withApprover {
+		out, err := w.run(ctx, "tpm", "epoch", "--tpm", w.tpm.Address)
+		if err != nil {
+			return err
+		}
+		if w.epoch, err = strconv.ParseUint(strings.TrimSpace(out), 10, 64); err != nil {
+			return err
+		}
+	}
 	if err := w.approve(ctx, "first"); err != nil {
 		return err
 	}
 	if w.withApprover {
 		if err := w.approve(ctx, "with-approver", "--approver", w.path("approver", "approver.pub.pem")); err != nil {
+			return err
+		}
+		if err := w.demandEpoch(ctx); err != nil {
 			return err
 		}
 	}
@@ -190,7 +206,16 @@ func (w *world) approve(ctx context.Context, name string, more ...string) error 
 	if err := w.write("pcrs.json", pcrs); err != nil {
 		return err
 	}
+	if w.epoch > 0 {
+		more = append(more, "--device", "host1", "--epoch", fmt.Sprint(w.epoch))
+	}
 	_, err = w.run(ctx, append([]string{"issuer", "policy", "approve", "--dir", w.path("issuer"), "--name", name, "--pcrs", w.path("pcrs.json")}, more...)...)
+	return err
+}
+
+// demandEpoch has the issuer demand the epoch at the next enrolment.
+func (w *world) demandEpoch(ctx context.Context) error {
+	_, err := w.run(ctx, "issuer", "device", "epoch", "--dir", w.path("issuer"), "--id", "host1", "--at-least", fmt.Sprint(w.epoch))
 	return err
 }
 
@@ -209,7 +234,7 @@ func (w *world) signerConfig(executables map[string]string) error {
 	if w.withApprover {
 		b.WriteString("approvers:\n")
 		for _, at := range w.approverAt {
-			fmt.Fprintf(&b, "  - url: https://%s\n    ca: approver/tls.pem\n", at)
+			fmt.Fprintf(&b, "  - url: https://%s\n    ca: %s/tls.pem\n", at, cmp.Or(w.approverDir, "approver"))
 		}
 	}
 	return w.write("signer.yaml", b.String())

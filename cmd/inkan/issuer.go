@@ -69,6 +69,8 @@ func issuerCommand(e *env) *cli.Command {
 					str("ek-pin", "SHA-256 of the EK's SPKI in `HEX`, for a TPM without a certificate"), &cli.BoolFlag{Name: "allow-expired", Usage: "accept an expired EK certificate"},
 					&cli.BoolFlag{Name: "unsafe-clock", Usage: "accept a TPM clock that lost power without a shutdown"}, &cli.Int64Flag{Name: "min-firmware", Usage: "lowest firmware `VERSION`"})...),
 				sub("list", "list the devices", deviceList, adminFlags()...),
+				sub("epoch", "demand that a device's epoch counter be at least a number, which ends older approvals", deviceEpoch, adminFlags(str("id", "`NAME` of the device"),
+					&cli.Uint64Flag{Name: "at-least", Usage: "`NUMBER`; the host increments its counter at its next enrolment or renewal"})...),
 				sub("remove", "remove a device whose agents are retired", func(_ *env, c *cli.Context) error {
 					return withClient(c, "id", func(cl *issuer.Client, id string) error { return cl.RemoveDevice(c.Context, id) })
 				}, adminFlags(str("id", "`NAME` of the device"))...),
@@ -86,6 +88,7 @@ func issuerCommand(e *env) *cli.Command {
 			{Name: "policy", Usage: "the approved states of hosts", Subcommands: []*cli.Command{
 				sub("approve", "approve PCR values with the policy key, here, and send the approval", policyApprove, adminFlags(str("name", "`NAME` of the policy"),
 					str("pcrs", "JSON `FILE` from inkan tpm pcrs --json"), &cli.StringFlag{Name: "device", Value: "*", Usage: "`NAME` of the device; * is for all"}, str("policy-key", "key `URI`, if not the one of --dir"),
+					&cli.Uint64Flag{Name: "epoch", Usage: "the approval ends when the device's epoch counter is above `NUMBER`; for one device"},
 					&cli.StringSliceFlag{Name: "approver", Usage: "PEM `FILE` with an approver's public key: the approval is for keys in approver mode; given more than once, all must authorize"})...),
 				sub("list", "list the approved policies", policyList, adminFlags()...),
 				sub("retire", "take a policy out of force for enrolments and renewals", func(_ *env, c *cli.Context) error {
@@ -304,6 +307,16 @@ func deviceAdd(e *env, c *cli.Context) error {
 	})
 }
 
+func deviceEpoch(_ *env, c *cli.Context) error {
+	return withClient(c, "id", func(cl *issuer.Client, id string) error {
+		n := c.Uint64("at-least")
+		if n == 0 {
+			return usage("--at-least is missing: inkan tpm epoch shows the counter, on the host")
+		}
+		return cl.SetEpoch(c.Context, id, n)
+	})
+}
+
 // table prints rows for a person.
 func (e *env) table(header string, rows func(w *tabwriter.Writer)) {
 	w := tabwriter.NewWriter(e.stdout, 0, 0, 2, ' ', 0)
@@ -322,13 +335,17 @@ func deviceList(e *env, c *cli.Context) error {
 		return err
 	}
 	return e.show(c, list, func() {
-		e.table("DEVICE\tEK\tTRUST\tENROLLED", func(w *tabwriter.Writer) {
+		e.table("DEVICE\tEK\tTRUST\tENROLLED\tEPOCH", func(w *tabwriter.Writer) {
 			for _, d := range list {
 				trust := "certificate"
 				if d.Roots == "" {
 					trust = "pinned"
 				}
-				fmt.Fprintf(w, "%s\t%s\t%s\t%v\n", d.ID, d.EK, trust, d.Enrolled)
+				epoch := "-"
+				if d.EpochMin > 0 {
+					epoch = fmt.Sprintf("%d (at least %d)", d.Epoch, d.EpochMin)
+				}
+				fmt.Fprintf(w, "%s\t%s\t%s\t%v\t%s\n", d.ID, d.EK, trust, d.Enrolled, epoch)
 			}
 		})
 	})
@@ -417,7 +434,10 @@ func policyApprove(e *env, c *cli.Context) error {
 			}
 			approvers = append(approvers, k)
 		}
-		p, err := attest.SignPolicy(key, name, values, attest.PolicyRef(config.TrustDomain), approvers...)
+		if c.Uint64("epoch") > 0 && c.String("device") == "*" {
+			return usage("--epoch needs --device: each TPM counts by itself")
+		}
+		p, err := attest.SignEpochPolicy(key, name, values, attest.PolicyRef(config.TrustDomain), c.Uint64("epoch"), approvers...)
 		if err != nil {
 			return err
 		}
@@ -438,9 +458,13 @@ func policyList(e *env, c *cli.Context) error {
 		return err
 	}
 	return e.show(c, list, func() {
-		e.table("POLICY\tDEVICE\tPCRS\tRETIRED", func(w *tabwriter.Writer) {
+		e.table("POLICY\tDEVICE\tPCRS\tMODE\tEPOCH\tRETIRED", func(w *tabwriter.Writer) {
 			for _, p := range list {
-				fmt.Fprintf(w, "%s\t%s\t%d\t%v\n", p.Approved.Name, p.Device, len(p.Approved.PCRs), p.Retired)
+				epoch := "-"
+				if p.Approved.Epoch > 0 {
+					epoch = fmt.Sprint(p.Approved.Epoch)
+				}
+				fmt.Fprintf(w, "%s\t%s\t%d\t%s\t%s\t%v\n", p.Approved.Name, p.Device, len(p.Approved.PCRs), p.Approved.Mode(), epoch, p.Retired)
 			}
 		})
 	})

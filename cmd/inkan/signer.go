@@ -233,15 +233,27 @@ func (h *host) enrol(ctx context.Context, agent string) ([]*x509.Certificate, ti
 	if len(action) == 0 {
 		return nil, time.Time{}, errors.New("the issuer sent no action certificate")
 	}
-	if err := state.SavePolicies(out.Policies); err != nil {
-		return nil, time.Time{}, err
-	}
-	for _, k := range []*tpm.Key{h.keys[agent], h.tls[agent]} {
-		if k != nil {
-			k.SetPolicies(out.Policies)
+	return action, out.Grant.RenewAfter, h.keepPolicies(out.Policies)
+}
+
+// keepPolicies keeps what the issuer approved for this host, for every agent
+// that has keys: an epoch that one agent's renewal began is all agents'.
+func (h *host) keepPolicies(p *tpm.Policies) error {
+	for _, a := range h.config.Agents {
+		state, err := signer.OpenState(h.config.StateDir, a.Name)
+		if err != nil {
+			return err
+		}
+		if err := state.SavePolicies(p); err != nil {
+			return err
+		}
+		for _, k := range []*tpm.Key{h.keys[a.Name], h.tls[a.Name]} {
+			if k != nil {
+				k.SetPolicies(p)
+			}
 		}
 	}
-	return action, out.Grant.RenewAfter, nil
+	return nil
 }
 
 // Renew implements signer.Renewer.

@@ -35,6 +35,11 @@ func tpmCommand(e *env) *cli.Command {
 				Action: func(c *cli.Context) error { return tpmPCRs(e, c) },
 			},
 			{
+				Name: "epoch", Usage: "show the host's epoch counter; make it if there is none",
+				Flags:  []cli.Flag{tpmFlag(), &cli.StringFlag{Name: "owner-auth-file", Usage: "`FILE` with the owner hierarchy's authorization"}, jsonFlag()},
+				Action: func(c *cli.Context) error { return tpmEpoch(e, c) },
+			},
+			{
 				Name: "keygen", Usage: "make a P-256 key for a CA or for approving policies; its URI is tpm:ADDRESS?key=FILE",
 				Flags: []cli.Flag{tpmFlag(), &cli.StringFlag{Name: "out", Usage: "write the TSS2 PRIVATE KEY to `FILE`"}, jsonFlag()},
 				Action: func(c *cli.Context) error {
@@ -60,6 +65,27 @@ func tpmCommand(e *env) *cli.Command {
 			},
 		},
 	}
+}
+
+func tpmEpoch(e *env, c *cli.Context) error {
+	var o tpm.Options
+	if path := c.String("owner-auth-file"); path != "" {
+		b, err := os.ReadFile(path)
+		if err != nil {
+			return err
+		}
+		o.OwnerAuth = []byte(strings.TrimRight(string(b), "\n"))
+	}
+	d, err := tpm.OpenWith(c.String("tpm"), o)
+	if err != nil {
+		return err
+	}
+	defer d.Close()
+	n, err := d.Epoch(0)
+	if err != nil {
+		return err
+	}
+	return e.show(c, map[string]any{"epoch": n, "index": fmt.Sprintf("%#x", attest.EpochIndex), "name": fmt.Sprintf("%x", attest.EpochName())}, func() { e.printf("%d\n", n) })
 }
 
 func tpmInfo(e *env, c *cli.Context) error {

@@ -129,6 +129,11 @@ func (x *Exchange) Collect(keys map[string][]byte, external map[string]crypto.Si
 		ev.Secret = secret
 	}
 	x.Outcome = &Outcome{Policies: x.policies(), Keys: make(map[string][]byte)}
+	if c.Epoch != nil { // first: the keys work under the approvals of this epoch
+		if _, err := x.dev.Epoch(c.Epoch.AtLeast); err != nil {
+			return nil, err
+		}
+	}
 	loaded, err := ensureKeys(x.dev, c, keys, external, x.Outcome)
 	if err != nil {
 		return nil, err
@@ -247,7 +252,12 @@ func (x *Exchange) collect(keys []crypto.Signer, binding []byte, ev *attest.Evid
 	if ev.Quote, err = dev.Quote(c.PCRs, q[:]); err != nil {
 		return err
 	}
-	ev.PCRs, err = dev.ReadPCRs(c.PCRs)
+	if ev.PCRs, err = dev.ReadPCRs(c.PCRs); err != nil || c.Epoch == nil {
+		return err
+	}
+	q = attest.EpochQualifyingData(c.Session, c.Nonce, binding)
+	epoch, err := dev.CertifyEpoch(q[:])
+	ev.Epoch = &epoch
 	return err
 }
 

@@ -36,9 +36,10 @@ type Device struct {
 	Signer []byte // Qualified Name of the AK
 	SRK    []byte // Qualified Name of the SRK
 	Keys   map[string]*ecdsa.PrivateKey
+	Epoch  uint64 // value of the epoch counter
 
 	// Change, if not nil, changes a structure before it is signed; kind is
-	// "quote" or a key's purpose.
+	// "quote", "epoch" or a key's purpose.
 	Change func(kind string, s *tpm2.TPMSAttest)
 	// ChangeKey, if not nil, changes a key's public area before it is certified.
 	ChangeKey func(purpose string, p *tpm2.TPMTPublic)
@@ -197,6 +198,13 @@ func (d *Device) Evidence(c *attest.Challenge, binding []byte) (*attest.Evidence
 	}
 	ev.Quote, err = d.attest("quote", &tpm2.TPMSAttest{Type: tpm2.TPMSTAttestQuote, ExtraData: tpm2.TPM2BData{Buffer: q[:]},
 		Attested: tpm2.NewTPMUAttest(tpm2.TPMSTAttestQuote, &tpm2.TPMSQuoteInfo{PCRSelect: *sel, PCRDigest: tpm2.TPM2BDigest{Buffer: attest.PCRDigest(ev.PCRs)}})})
+	if err != nil || c.Epoch == nil {
+		return ev, err
+	}
+	q = attest.EpochQualifyingData(c.Session, c.Nonce, binding)
+	epoch, err := d.attest("epoch", &tpm2.TPMSAttest{Type: tpm2.TPMSTAttestNV, ExtraData: tpm2.TPM2BData{Buffer: q[:]},
+		Attested: tpm2.NewTPMUAttest(tpm2.TPMSTAttestNV, &tpm2.TPMSNVCertifyInfo{IndexName: tpm2.TPM2BName{Buffer: attest.EpochName()}, NVContents: tpm2.TPM2BData{Buffer: attest.EpochOperand(d.Epoch)}})})
+	ev.Epoch = &epoch
 	return ev, err
 }
 
