@@ -266,14 +266,16 @@ func (l *ledger) catchUp(ctx context.Context, tx *sql.Tx, agent string, h *head)
 		return err
 	}
 	defer rows.Close()
-	oldest := h.time.Add(-scope.MaxWindow)
+	var oldest time.Time
 	var recent []judged // the latest first
 	for rows.Next() {
 		var j judged
 		if err := j.scan(rows); err != nil {
 			return err
 		}
-		if len(recent) > 0 && from == 1 && j.st.Time.Time.Before(oldest) {
+		if len(recent) == 0 {
+			oldest = j.st.Time.Time.Add(-scope.MaxWindow)
+		} else if from == 1 && j.st.Time.Time.Before(oldest) && (recent[0].st.Open == 0 || j.st.Counter < recent[0].st.Open) {
 			break
 		}
 		recent = append(recent, j)
@@ -349,6 +351,8 @@ func (l *ledger) judge(e entry, cred *credential) (verdict string) {
 	switch {
 	case e.st.Controls != l.book.Lasting():
 		return string(RuleStatement) + "\nit names another event before it than there is"
+	case e.st.Open != l.book.OpenSince(e.st.Time.Time):
+		return string(RuleStatement) + "\nit names another order as the oldest that is open"
 	case e.st.Decision.Decision == scope.DecisionEvent:
 		if refusal := l.book.Admits(cred.scope, e.st); refusal != nil {
 			return string(refusal.Rule) + "\n" + refusal.Message

@@ -270,8 +270,8 @@ func (l *Log) recover(ctx context.Context) error {
 }
 
 // remember derives from the entries what the next ones depend on: those of the
-// longest window, read backwards, and the events whose effect lasts, of which
-// each names the one before it. So a long record costs nothing.
+// longest window and of orders that are open, read backwards, and the events whose
+// effect lasts, of which each names the one before it. So a long record costs nothing.
 func (l *Log) remember(ctx context.Context) error {
 	l.book = scope.NewBook()
 	rows, err := l.conn.QueryContext(ctx, "SELECT statement FROM leaf ORDER BY counter DESC")
@@ -280,7 +280,7 @@ func (l *Log) remember(ctx context.Context) error {
 	}
 	defer rows.Close()
 	var recent []*scope.Statement // the latest first
-	oldest := l.head.Time.Add(-scope.MaxWindow)
+	var oldest time.Time
 	for rows.Next() {
 		var b []byte
 		if err := rows.Scan(&b); err != nil {
@@ -290,7 +290,9 @@ func (l *Log) remember(ctx context.Context) error {
 		if err != nil {
 			return fmt.Errorf("%w: %w", ErrDamaged, err)
 		}
-		if len(recent) > 0 && st.Time.Time.Before(oldest) {
+		if len(recent) == 0 {
+			oldest = st.Time.Time.Add(-scope.MaxWindow)
+		} else if st.Time.Time.Before(oldest) && (recent[0].Open == 0 || st.Counter < recent[0].Open) {
 			break
 		}
 		recent = append(recent, st)

@@ -308,6 +308,9 @@ func (v *verification) next(j *job) error {
 	if st.Controls != v.book.Lasting() {
 		return unproven(RuleOrder, n, "it names event %d as the last one that lasts, that is %d", st.Controls, v.book.Lasting())
 	}
+	if open := v.book.OpenSince(st.Time.Time); st.Open != open {
+		return unproven(RuleOrder, n, "it names entry %d as the oldest open order, that is %d", st.Open, open)
+	}
 	switch st.Decision.Decision {
 	case scope.DecisionEvent:
 		if refusal := v.book.Admits(j.cert.scope, st); refusal != nil {

@@ -454,7 +454,7 @@ func (l *Log) statement(r *request, head Head) (b []byte, s *scope.Statement, er
 	id := &r.identity
 	s = &scope.Statement{
 		Version: 1, Issuer: id.Issuer, Agent: id.Agent, Counter: scope.Counter(head.Size + 1), Previous: head.Previous,
-		Time: scope.Timestamp{Time: at}, Expires: at.Add(id.Lifetime).Unix(), Controls: l.book.Lasting(),
+		Time: scope.Timestamp{Time: at}, Expires: at.Add(id.Lifetime).Unix(), Controls: l.book.Lasting(), Open: l.book.OpenSince(at),
 		Decision:    scope.Decision{Decision: scope.DecisionPermit, Certificate: id.Certificate, Scope: id.Scope},
 		Attestation: scope.Attestation{Evidence: id.Evidence, Time: scope.Timestamp{Time: id.AttestedAt.UTC().Truncate(time.Microsecond)}},
 		Run:         id.Run,
@@ -485,7 +485,7 @@ func (l *Log) statement(r *request, head Head) (b []byte, s *scope.Statement, er
 		}
 	}
 	if r.refusal != nil {
-		s.Decision.Decision, s.Decision.Rule, s.Decision.Message = scope.DecisionDeny, r.refusal.Rule, r.refusal.Message
+		s.Decision.Decision, s.Decision.Rule, s.Decision.Key, s.Decision.Message = scope.DecisionDeny, r.refusal.Rule, r.refusal.Key, r.refusal.Message
 	} else if ref := r.permit.UsedReference(); ref != nil {
 		s.Decision.Reference = &scope.Reference{Price: ref.Price, Currency: ref.Currency, Source: ref.Source, Time: scope.Timestamp{Time: ref.Time.UTC().Truncate(time.Microsecond)}}
 	}

@@ -3,7 +3,6 @@ package scope
 import (
 	"fmt"
 	"maps"
-
 	"slices"
 	"strconv"
 	"strings"
@@ -47,7 +46,7 @@ type Book struct {
 	swept       int                // strategies that were left at the last sweep
 
 	open     openOrders
-	disabled map[string]time.Time // algorithms, and "" for the agent, and since when
+	disabled map[string]trip // algorithms, and "" for the agent
 
 	// Orders by sameness and when they were last signed, of this hour and the one before.
 	same, sameBefore map[[16]byte]int64
@@ -57,13 +56,19 @@ type Book struct {
 	kills   []ActiveKill // in force
 }
 
+// trip is when a throttle disabled something: its refusal is the entry.
+type trip struct {
+	since time.Time
+	entry Counter
+}
+
 // quoted is an instrument in a currency: prices in one are not those in another.
 type quoted struct{ instrument, currency string }
 
 // NewBook returns an empty book.
 func NewBook() *Book {
 	return &Book{venues: make(map[string]*series), currencies: make(map[string]*series), instruments: make(map[string]*series),
-		prices: make(map[quoted]*series), strategies: make(map[string]*series), open: newOpenOrders(), disabled: make(map[string]time.Time),
+		prices: make(map[quoted]*series), strategies: make(map[string]*series), open: newOpenOrders(), disabled: make(map[string]trip),
 		same: make(map[[16]byte]int64), sameBefore: make(map[[16]byte]int64)}
 }
 
@@ -133,19 +138,6 @@ func (l *limit) exceeded(m *measure) bool {
 		return m.countAfter > l.count && (m.countAfter > m.count || l.rule == RuleCollarWindow && m.unknown)
 	}
 	return m.sumAfter.Cmp(l.sum) > 0 && m.sumAfter.Cmp(m.sum) > 0
-}
-
-func (b *Book) refusesDisabled(u *Use) *Refusal {
-	for _, key := range [...]string{"", u.Strategy} {
-		if since, ok := b.disabled[key]; ok {
-			who := "the agent"
-			if key != "" {
-				who = "the algorithm " + key
-			}
-			return &Refusal{Rule: RuleDisabled, Key: key, Value: key, Message: fmt.Sprintf("%s was executed too often and is disabled since %s: only a person enables it again", who, since.UTC().Format(TimeFormat))}
-		}
-	}
-	return nil
 }
 
 func (b *Book) refusesSame(s *Scope, u *Use) *Refusal {
@@ -241,28 +233,6 @@ func under[K comparable](m map[K]*series, key K) *series {
 	}
 	return s
 }
-
-// disable counts that the throttle refused something: its key is disabled.
-func (b *Book) disable(key string, at time.Time) {
-	if _, ok := b.disabled[key]; !ok {
-		b.disabled[key] = at
-	}
-}
-
-// enable arms a throttle again: what was executed does not count any more.
-func (b *Book) enable(key string) {
-	delete(b.disabled, key)
-	if s := b.strategies[key]; s != nil {
-		s.restart()
-	}
-	if key == "" {
-		b.all.restart()
-	}
-}
-
-// Disabled lists what the throttle disabled, sorted: algorithms, and the empty
-// name for the agent.
-func (b *Book) Disabled() []string { return slices.Sorted(maps.Keys(b.disabled)) }
 
 // Utilisation returns what a use leaves used of each limit over time that
 // applies to it. The use is not added yet.

@@ -3,6 +3,7 @@ package scope
 import (
 	"fmt"
 	"slices"
+	"time"
 )
 
 // DecisionEvent marks an entry of the record that is no action.
@@ -120,6 +121,11 @@ func (b *Book) Replay(st *Statement) {
 	switch st.Decision.Decision {
 	case DecisionPermit:
 		b.Add(UseOfStatement(st))
+	case DecisionDeny:
+		if st.trips() {
+			b.trip(st)
+			b.Pass(st)
+		}
 	case DecisionEvent:
 		if st.fact == nil {
 			return // only ParseStatement makes events
@@ -136,9 +142,16 @@ func (b *Book) Pass(st *Statement) { b.lasting = st.lastingUpTo() }
 // The next statement names it.
 func (b *Book) Lasting() Counter { return b.lasting }
 
+// OpenSince is the number of the oldest order that is open at a moment and older
+// than any window: a start reads the record from there on. 0: there is none. The
+// next statement, which is of that moment, names it.
+func (b *Book) OpenSince(at time.Time) Counter {
+	return b.open.since(at.UnixMicro(), at.Add(-MaxWindow).UnixMicro())
+}
+
 // lastingBefore is the number of the last lasting event up to and including an entry.
 func (s *Statement) lastingUpTo() Counter {
-	if s.Decision.Decision == DecisionEvent && facts[s.Kind].lasting {
+	if s.Decision.Decision == DecisionEvent && facts[s.Kind].lasting || s.trips() {
 		return s.Counter
 	}
 	return s.Controls

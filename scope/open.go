@@ -30,6 +30,7 @@ type orderName struct{ venue, id string }
 type link struct {
 	name       orderName
 	counter    Counter
+	at         int64
 	end        int64 // the first microsecond at which it is not open
 	instrument string
 	side       string
@@ -117,7 +118,7 @@ func (o *openOrders) add(u *Use, t int64, old *link) {
 	if !ok || u.ClOrdID == "" || u.Kind.reducesRisk() {
 		return
 	}
-	l := &link{name: orderName{u.Audience, u.ClOrdID}, counter: u.Counter, end: end, instrument: u.Instrument, side: u.Side, currency: u.Currency, notional: u.Notional, qty: u.Qty}
+	l := &link{name: orderName{u.Audience, u.ClOrdID}, counter: u.Counter, at: t, end: end, instrument: u.Instrument, side: u.Side, currency: u.Currency, notional: u.Notional, qty: u.Qty}
 	if same := o.named[l.name]; same != nil && same != old {
 		o.remove(same) // the name is the newer one's
 	}
@@ -240,4 +241,14 @@ func (o *openOrders) at(t int64) (count int, sums map[string]Decimal) {
 		sums[currency], _ = sums[currency].Add(m)
 	}
 	return len(most), sums
+}
+
+// since is the number of the oldest order that is open at a moment and was signed
+// before another one; 0: there is none.
+func (o *openOrders) since(t, before int64) Counter {
+	o.expire(t)
+	if l := o.oldest(); l != nil && l.at < before {
+		return l.counter
+	}
+	return 0
 }

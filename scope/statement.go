@@ -97,6 +97,7 @@ type Statement struct {
 	Native      *Native     `json:"native,omitzero"`
 	Event       string      `json:"evt,omitzero"` // of an event, whose kind is act: the exact text of what is behind it
 	Controls    Counter     `json:"ctl,omitzero"` // number of the last event before it whose effect lasts; absent: there is none
+	Open        Counter     `json:"opn,omitzero"` // number of the oldest order before it that is open and older than any window; absent: there is none
 	Decision    Decision    `json:"scope"`
 	Attestation Attestation `json:"att"`
 	Run         *Run        `json:"run,omitempty"` // how the process that asked was started; absent where it is not confined
@@ -113,6 +114,7 @@ type Decision struct {
 	Notional    *Amount       `json:"not,omitzero"`   // computed; absent where there is none
 	Utilisation []Utilisation `json:"util,omitempty"` // of the limits over time, this action included
 	Rule        Rule          `json:"rule,omitzero"`  // what denied
+	Key         string        `json:"key,omitzero"`   // what the limit that denied is for, such as a currency
 	Message     string        `json:"msg,omitzero"`   // why, for a person
 }
 
@@ -171,6 +173,10 @@ func ParseStatement(b []byte) (*Statement, error) {
 		return nil, errors.New("statement: only the first one has no predecessor")
 	case s.Controls >= s.Counter:
 		return nil, errors.New("statement: ctl is not the number of an earlier entry")
+	case s.Open >= s.Counter:
+		return nil, errors.New("statement: opn is not the number of an earlier entry")
+	case s.Decision.Key != "" && (s.Decision.Decision != DecisionDeny || len(s.Decision.Key) > maxKey):
+		return nil, errors.New("statement: key is what a limit that denied is for")
 	case s.Event != "" && s.Decision.Decision != DecisionEvent:
 		return nil, errors.New("statement: only an event has evt")
 	}
