@@ -18,6 +18,7 @@ var allowed = map[string][]string{
 	"approver/client":     {"internal/problem", "internal/strictjson"},
 	"attest":              {"internal/strictjson", "github.com/google/go-tpm"},
 	"audit":               {"scope", "internal/certext", "internal/jws", "internal/strictjson", "golang.org/x/mod", "golang.org/x/sys", "modernc.org/sqlite"},
+	"audit/report":        {"audit", "scope", "internal/certext"},
 	"cmd/inkan":           {"*"},
 	"confine":             {"scope", "github.com/elastic/go-seccomp-bpf", "github.com/landlock-lsm/go-landlock", "golang.org/x/net", "golang.org/x/sys"},
 	"cmd/inkan-sim":       {"*", "simulator"},

@@ -105,7 +105,8 @@ type Verified struct {
 	Statement   *scope.Statement
 	Certificate *certext.ActionCertificate
 	Scope       *scope.Scope
-	Context     bool // it shows what stands beside a period, and is not in it
+	Start       *scope.StartDocument // of the process that asked; nil where it was not confined
+	Context     bool                 // it shows what stands beside a period, and is not in it
 }
 
 // VerifyFile checks a log file against the CA's roots. It reads a snapshot, so
@@ -153,7 +154,7 @@ type verification struct {
 
 	mu           sync.Mutex // guards what follows, and of an export stored and starts
 	certificates map[scope.Digest]*certificate
-	started      map[scope.Run]string // starts that were checked, and the agent of each
+	started      map[scope.Run]*scope.StartDocument // those that were checked
 
 	report   *Report
 	used     map[scope.Digest]bool
@@ -164,7 +165,7 @@ type verification struct {
 }
 
 func newVerification(o VerifyOptions) *verification {
-	return &verification{o: o, report: &Report{Unsigned: []uint64{}}, certificates: make(map[scope.Digest]*certificate), started: make(map[scope.Run]string), used: make(map[scope.Digest]bool), book: scope.NewBook()}
+	return &verification{o: o, report: &Report{Unsigned: []uint64{}}, certificates: make(map[scope.Digest]*certificate), started: make(map[scope.Run]*scope.StartDocument), used: make(map[scope.Digest]bool), book: scope.NewBook()}
 }
 
 // certificate is one that chains to the CA.
@@ -183,6 +184,7 @@ type job struct {
 
 	statement *scope.Statement
 	cert      *certificate
+	start     *scope.StartDocument
 	err       error
 	done      chan struct{}
 }
@@ -276,7 +278,7 @@ func (v *verification) prepare(j *job) error {
 	if j.cert, err = v.certificate(st.Decision.Certificate); err != nil {
 		return unproven(RuleCertificate, e.Counter, "%v", err)
 	}
-	if err := v.start(st); err != nil {
+	if j.start, err = v.start(st); err != nil {
 		return unproven(RuleStart, e.Counter, "%v", err)
 	}
 	if err := v.signed(j); err != nil {
@@ -373,7 +375,7 @@ func (v *verification) count(j *job) {
 		}
 	}
 	if v.o.Observe != nil {
-		v.o.Observe(&Verified{j.entry, st, j.cert.action, j.cert.scope, beside})
+		v.o.Observe(&Verified{j.entry, st, j.cert.action, j.cert.scope, j.start, beside})
 	}
 }
 
@@ -481,33 +483,33 @@ func (v *verification) certificate(sum scope.Digest) (*certificate, error) {
 }
 
 // start: what a statement says of the process that asked is what its start
-// document in the record says.
-func (v *verification) start(st *scope.Statement) error {
+// document in the record says. It returns that document.
+func (v *verification) start(st *scope.Statement) (*scope.StartDocument, error) {
 	if st.Run == nil {
-		return nil
+		return nil, nil
 	}
 	v.mu.Lock()
 	defer v.mu.Unlock()
-	if v.started[*st.Run] == st.Agent && st.Agent != "" {
-		return nil
+	if d := v.started[*st.Run]; d != nil && d.Agent == st.Agent {
+		return d, nil
 	}
 	b, ok := v.starts[st.Run.Start]
 	if !ok {
-		return errors.New("its start document is not in the record")
+		return nil, errors.New("its start document is not in the record")
 	}
 	d, err := scope.ParseStartDocument(b)
 	if err != nil {
-		return err
+		return nil, err
 	}
 	run, err := d.Run()
 	if err != nil {
-		return err
+		return nil, err
 	}
 	if *run != *st.Run || d.Agent != st.Agent {
-		return errors.New("it says another thing of its start than the start document")
+		return nil, errors.New("it says another thing of its start than the start document")
 	}
-	v.started[*st.Run] = st.Agent
-	return nil
+	v.started[*st.Run] = d
+	return d, nil
 }
 
 // signed checks agent, scope, certificate at the statement's time, and the signature.

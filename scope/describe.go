@@ -165,3 +165,57 @@ func describeHours(list []Hours) string {
 	}
 	return strings.Join(out, "; ")
 }
+
+// Describe says in words what the action is. Its texts are those of the action:
+// whoever shows them must not take them for harmless.
+func (a *Action) Describe() string {
+	if p := a.Payment; p != nil {
+		return fmt.Sprintf("%s %s to %s", p.Amount, p.Currency, p.Destination)
+	}
+	o := a.Order
+	if o == nil {
+		return ""
+	}
+	var out []string
+	add := func(s string) {
+		if s = strings.TrimSpace(s); s != "" {
+			out = append(out, s)
+		}
+	}
+	word := func(code string, table map[string]string) string {
+		if w, ok := table[code]; ok {
+			return w
+		}
+		return code
+	}
+	text := func(before string, d *Decimal) {
+		if d != nil {
+			add(before + " " + d.String())
+		}
+	}
+	add(word(o.Side, sideNames))
+	text("", o.OrderQty)
+	text("for", o.CashOrderQty)
+	add(a.Instrument())
+	text("bid", o.BidSize)
+	text("at", o.BidPx)
+	text("offer", o.OfferSize)
+	text("at", o.OfferPx)
+	text("at", o.Price)
+	text("stop", o.StopPx)
+	if o.Price != nil || o.StopPx != nil || o.CashOrderQty != nil || o.BidPx != nil {
+		add(o.Currency)
+	}
+	for _, part := range []string{word(o.OrdType, typeNames), word(o.TimeInForce, tifNames)} {
+		if part != "" {
+			out = append(out, "("+part+")")
+		}
+	}
+	if o.OrigClOrdID != "" {
+		add("of " + o.OrigClOrdID)
+	}
+	if o.OrderID != "" {
+		add("of order " + o.OrderID)
+	}
+	return strings.Join(out, " ")
+}

@@ -3,6 +3,7 @@ package main
 import (
 	"errors"
 	"fmt"
+	"io"
 	"os"
 	"text/tabwriter"
 	"time"
@@ -30,6 +31,7 @@ func auditCommand(e *env) *cli.Command {
 				Action: func(c *cli.Context) error { return auditShow(e, c) }},
 			{Name: "checkpoint", Usage: "have the signer sign the head of the calling agent's record", Flags: signerFlags(jsonFlag()), Action: func(c *cli.Context) error { return auditCheckpoint(e, c) }},
 			exportCommand(e),
+			reportCommand(e, log, export, ca, jsonFlag()),
 			{Name: "schema", Usage: "print the JSON Schema of a line of an export", Action: func(*cli.Context) error { e.printf("%s", audit.ExportSchema); return nil }},
 		},
 	}
@@ -60,8 +62,9 @@ type unverified struct {
 	Reason   string     `json:"reason"`
 }
 
-// check verifies the record or the export that the flags name.
-func (e *env) check(c *cli.Context, o audit.VerifyOptions) ([]*audit.Report, error) {
+// check verifies the record or the export that the flags name. What is read of an
+// export goes to copied as well.
+func (e *env) check(c *cli.Context, o audit.VerifyOptions, copied io.Writer) ([]*audit.Report, error) {
 	log, export := c.String("log"), c.String("export")
 	if (log == "") == (export == "") {
 		return nil, usage("give --log, or --export")
@@ -87,21 +90,33 @@ func (e *env) check(c *cli.Context, o audit.VerifyOptions) ([]*audit.Report, err
 		defer f.Close()
 		in = f
 	}
-	return audit.VerifyExport(c.Context, in, o)
+	return audit.VerifyExport(c.Context, io.TeeReader(in, copied), o)
 }
 
 func auditVerify(e *env, c *cli.Context) error {
-	reports, err := e.check(c, audit.VerifyOptions{})
+	reports, err := e.check(c, audit.VerifyOptions{}, io.Discard)
+	return e.tellVerified(c, reports, err)
+}
+
+// unprovenExit gives what does not verify its exit code.
+func unprovenExit(err error) error {
+	if _, ok := errors.AsType[*audit.Unproven](err); ok {
+		return withCode(exitUnproven, err)
+	}
+	return err
+}
+
+// tellVerified prints how a verification ended.
+func (e *env) tellVerified(c *cli.Context, reports []*audit.Report, err error) error {
 	if u, ok := errors.AsType[*audit.Unproven](err); ok {
 		if c.Bool("json") {
 			if err := e.printJSON(unverified{Rule: u.Rule, Entry: u.Counter, Reason: u.Reason}); err != nil {
 				return err
 			}
 		}
-		return withCode(exitUnproven, err)
 	}
 	if err != nil {
-		return err
+		return unprovenExit(err)
 	}
 	for _, r := range reports { // one, or as many as were joined in an export
 		if err := e.show(c, verified{true, r}, func() { e.tell(r) }); err != nil {
