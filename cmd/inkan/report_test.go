@@ -143,6 +143,11 @@ func newHistory(t *testing.T) *history {
 		must(err)
 		must(log.Complete(r, jws.Compact(input, sig)))
 	}
+	kill := scope.Kill{Scope: scope.KillAgent, Reason: "runs wild " + hostile[0] + "\u202e", By: "uid 0"}
+	e, err := kill.Event(s)
+	must(err)
+	_, err = log.Event(t.Context(), e, h.id)
+	must(err)
 	seal()
 	return h
 }
@@ -285,6 +290,9 @@ func TestReport(t *testing.T) {
 	if strings.ContainsAny(dom, "\u202e\x00\x1b") || strings.Contains(s.text, strings.Repeat("W", 300)) {
 		t.Error("a text from the record was neither made visible nor bounded")
 	}
+	if !strings.Contains(s.text, "by: uid 0; reason: runs wild "+hostile[0]) || !strings.Contains(dom, `<li data-event="control.kill">`) {
+		t.Error("the page does not show the kill")
+	}
 	if n := s.elements["title"]; n < 100 || !strings.Contains(dom, "<title>Record of mm-07</title>") {
 		t.Errorf("%d titles", n)
 	}
@@ -334,7 +342,7 @@ func compare(t *testing.T, s *seen, verified string) {
 		t.Fatal(err)
 	}
 	for name, want := range map[string]string{
-		"agent": r.Agent, "entries": fmt.Sprint(r.Entries), "permits": fmt.Sprint(r.Permits), "signed": fmt.Sprint(r.Signed), "denials": fmt.Sprint(r.Denials), "certificates": fmt.Sprint(r.Certificates),
+		"agent": r.Agent, "entries": fmt.Sprint(r.Entries), "permits": fmt.Sprint(r.Permits), "signed": fmt.Sprint(r.Signed), "denials": fmt.Sprint(r.Denials), "certificates": fmt.Sprint(r.Certificates), "events": fmt.Sprint(r.Events),
 		"root": r.Root, "first": r.First.Format(scope.TimeFormat), "last": r.Last.Format(scope.TimeFormat),
 	} {
 		if s.figures[name] != want {
