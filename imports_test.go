@@ -41,6 +41,7 @@ var allowed = map[string][]string{
 	"simulator":           {},
 	"tpm":                 {"attest", "github.com/foxboron/go-tpm-keyfiles", "github.com/google/go-tpm"},
 	"verify":              {"scope", "internal/certext", "internal/jws", "internal/problem", "golang.org/x/crypto", "modernc.org/sqlite"},
+	"verify/source":       {"scope", "github.com/oschwald/maxminddb-golang"},
 	"verify/gate":         {"scope", "verify", "internal/problem", "internal/strictjson"},
 }
 
