@@ -40,7 +40,7 @@ var allowed = map[string][]string{
 	"signer/client":       {"scope", "internal/problem", "internal/strictjson"},
 	"simulator":           {},
 	"tpm":                 {"attest", "github.com/foxboron/go-tpm-keyfiles", "github.com/google/go-tpm"},
-	"verify":              {"scope", "internal/certext", "internal/jws", "internal/problem", "golang.org/x/crypto", "modernc.org/sqlite"},
+	"verify":              {"scope", "verify/source", "internal/certext", "internal/jws", "internal/problem", "golang.org/x/crypto", "modernc.org/sqlite"},
 	"verify/source":       {"scope", "github.com/oschwald/maxminddb-golang"},
 	"verify/gate":         {"scope", "verify", "internal/problem", "internal/strictjson"},
 }

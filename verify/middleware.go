@@ -7,6 +7,7 @@ import (
 	"errors"
 	"io"
 	"net/http"
+	"net/netip"
 
 	"inkan/internal/problem"
 	"inkan/scope"
@@ -34,6 +35,11 @@ func (r *Receiver) Middleware(maxBody int64, next http.Handler) http.Handler {
 			fail(w, refuse(ReasonForm, "%d headers %s, exactly one is expected", len(values), Header))
 			return
 		}
+		from, err := r.address(req)
+		if err != nil {
+			fail(w, refuse(ReasonSourceNetwork, "%v", err))
+			return
+		}
 		body, err := io.ReadAll(http.MaxBytesReader(w, req.Body, maxBody))
 		if err != nil {
 			if _, ok := errors.AsType[*http.MaxBytesError](err); ok {
@@ -43,7 +49,7 @@ func (r *Receiver) Middleware(maxBody int64, next http.Handler) http.Handler {
 			fail(w, refuse(ReasonBody, "the body could not be read"))
 			return
 		}
-		v, err := r.Verify(req.Context(), []byte(values[0]), &Body{Format: scope.NativeHTTPBody, SHA256: sha256.Sum256(body)})
+		v, err := r.VerifyArrival(req.Context(), []byte(values[0]), Arrival{Body: &Body{Format: scope.NativeHTTPBody, SHA256: sha256.Sum256(body)}, From: from})
 		if err != nil {
 			fail(w, err)
 			return
@@ -53,6 +59,16 @@ func (r *Receiver) Middleware(maxBody int64, next http.Handler) http.Handler {
 		req.TransferEncoding = nil
 		next.ServeHTTP(w, req)
 	})
+}
+
+// address is where a request comes from. What a proxy says wrongly is refused
+// whatever the scope; a peer without an address, such as one at a Unix socket, is not known.
+func (r *Receiver) address(req *http.Request) (netip.Addr, error) {
+	a, err := r.c.Forwarding.Address(req)
+	if err != nil && r.c.Forwarding == nil {
+		return netip.Addr{}, nil
+	}
+	return a, err
 }
 
 func fail(w http.ResponseWriter, err error) {

@@ -25,6 +25,9 @@ const (
 	ReasonPolicy      Reason = "policy"
 	ReasonScope       Reason = "scope"
 	ReasonAttestation Reason = "attestation_age"
+
+	ReasonSourceNetwork Reason = "source_network"
+	ReasonSourceRegion  Reason = "source_region"
 )
 
 // Reasons says what each reason means and the number of the check that gives
@@ -52,6 +55,8 @@ var Reasons = []struct {
 	{ReasonPolicy, 11, "the action was decided under another scope than the certificate's"},
 	{ReasonScope, 12, "the action is outside the scope in the certificate"},
 	{ReasonAttestation, 14, "the evidence behind the certificate is too old"},
+	{ReasonSourceNetwork, 17, "the scope names networks, and the request does not come from one of them"},
+	{ReasonSourceRegion, 17, "the scope names regions, and the request is not known to come from one of them"},
 }
 
 // Refusal says why a receiver refuses. Detail is for a person; Reason decides.

@@ -14,6 +14,8 @@ import (
 	"encoding/base64"
 	"encoding/hex"
 	"errors"
+	"fmt"
+	"net/netip"
 	"slices"
 	"sync"
 	"time"
@@ -21,6 +23,7 @@ import (
 	"inkan/internal/certext"
 	"inkan/internal/jws"
 	"inkan/scope"
+	"inkan/verify/source"
 )
 
 // Config says whom a receiver trusts and how fresh things must be.
@@ -37,7 +40,13 @@ type Config struct {
 	// believed about the price that its collar was checked against.
 	References      func(instrument string) *scope.ReferencePrice
 	AcceptReference bool
-	Now             func() time.Time // time.Now by default
+	// Regions says where addresses are, for scopes with source_regions; without it
+	// those are refused. See source.Open.
+	Regions source.Regions
+	// Forwarding says which proxies stand before Middleware; without it the TCP peer
+	// is where a request comes from.
+	Forwarding *source.Forwarding
+	Now        func() time.Time // time.Now by default
 }
 
 // Receiver verifies signed actions. It is safe for concurrent use.
@@ -86,6 +95,9 @@ func NewReceiver(c Config) (*Receiver, error) {
 			*d.d = d.standard
 		}
 	}
+	if err := c.Forwarding.Validate(); err != nil {
+		return nil, fmt.Errorf("receiver: %w", err)
+	}
 	if c.Now == nil {
 		c.Now = time.Now
 	}
@@ -107,10 +119,21 @@ type Body struct {
 	SHA256 [32]byte
 }
 
-// Verify accepts a JWS in compact serialisation, or says why not; then the
-// error is a *[Refusal]. body is the message that arrived with it, nil where
-// there is none. An accepted action is remembered, and not accepted again.
+// Arrival is what a receiver sees beside a signed action.
+type Arrival struct {
+	Body *Body      // the native message that arrived with it; nil: there is none
+	From netip.Addr // where it comes from; the zero value: not known, so a scope that names places refuses it
+}
+
+// Verify is [Receiver.VerifyArrival] of an action that comes from an address
+// that is not known.
 func (r *Receiver) Verify(ctx context.Context, compact []byte, body *Body) (*Verified, error) {
+	return r.VerifyArrival(ctx, compact, Arrival{Body: body})
+}
+
+// VerifyArrival accepts a JWS in compact serialisation, or says why not; then
+// the error is a *[Refusal]. An accepted action is remembered, and not accepted again.
+func (r *Receiver) VerifyArrival(ctx context.Context, compact []byte, arrived Arrival) (*Verified, error) {
 	now := r.c.Now()
 
 	// 1. Size and form.
@@ -154,8 +177,11 @@ func (r *Receiver) Verify(ctx context.Context, compact []byte, body *Body) (*Ver
 	if err := r.times(st, now); err != nil {
 		return nil, err
 	}
-	// 9., 11., 12. and 14. come before 8., so that a message that is refused does not use the action up.
-	if err := checkBody(st, body); err != nil {
+	// 17. and 9. to 14. come before 8., so that a message that is refused does not use the action up.
+	if err := r.comesFrom(cred.scope, arrived.From); err != nil {
+		return nil, err
+	}
+	if err := checkBody(st, arrived.Body); err != nil {
 		return nil, err
 	}
 	if [32]byte(st.Decision.Scope) != cred.scope.Hash() {
@@ -300,6 +326,19 @@ func (r *Receiver) times(st *scope.Statement, now time.Time) error {
 		return refuse(ReasonStale, "the action lives for %s, at most %s is accepted", expires.Sub(st.Time.Time).Round(time.Second), r.c.MaxLifetime)
 	}
 	return nil
+}
+
+// comesFrom: who calls from elsewhere is not the agent, whatever it has of the agent's.
+func (r *Receiver) comesFrom(s *scope.Scope, from netip.Addr) error {
+	err := source.Check(s, from, r.c.Regions)
+	if refusal, ok := errors.AsType[*scope.Refusal](err); ok {
+		reason := ReasonSourceNetwork
+		if refusal.Rule == scope.RuleSourceRegion {
+			reason = ReasonSourceRegion
+		}
+		return refuse(reason, "%s", refusal.Message)
+	}
+	return err
 }
 
 // checkBody: what arrived is what was signed for; neither stands alone.

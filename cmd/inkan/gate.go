@@ -17,6 +17,7 @@ import (
 	"inkan/internal/strictjson"
 	"inkan/verify"
 	"inkan/verify/gate"
+	"inkan/verify/source"
 )
 
 // gateConfig is a gate's configuration file.
@@ -32,6 +33,7 @@ type gateConfig struct {
 	ReplayDB         string              `json:"replay_db"`                    // file that remembers what was seen
 	Backend          string              `json:"backend"`                      // https URL, or http to a loopback address
 	Routes           string              `json:"routes"`                       // YAML file
+	Regions          string              `json:"regions,omitempty"`            // geofeed or MMDB file, for scopes with source_regions; read anew when it changes
 	Agents           map[string][]string `json:"agents,omitempty"`             // SPIFFE IDs and the networks they come from; without it every agent of the CA may come
 }
 
@@ -73,8 +75,8 @@ func readGate(e *env, c *cli.Context) (g *gate.Gate, listen string, closer func(
 			return nil, "", nil, fmt.Errorf("%s: %s is missing", path, name)
 		}
 	}
-	for _, p := range []*string{&f.Certificate, &f.Key, &f.CA, &f.ReplayDB, &f.Routes} {
-		if !filepath.IsAbs(*p) {
+	for _, p := range []*string{&f.Certificate, &f.Key, &f.CA, &f.ReplayDB, &f.Routes, &f.Regions} {
+		if *p != "" && !filepath.IsAbs(*p) {
 			*p = filepath.Join(filepath.Dir(path), *p)
 		}
 	}
@@ -132,6 +134,11 @@ func (f *gateConfig) gate() (*gate.Config, error) {
 			pair, err := tls.LoadX509KeyPair(f.Certificate, f.Key)
 			return &pair, err
 		},
+	}
+	if f.Regions != "" {
+		if config.Receiver.Regions, err = source.Open(f.Regions); err != nil {
+			return nil, fmt.Errorf("regions: %w", err)
+		}
 	}
 	if f.Agents == nil {
 		return config, nil

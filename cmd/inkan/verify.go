@@ -14,6 +14,7 @@ import (
 	"inkan/internal/strictjson"
 	"inkan/scope"
 	"inkan/verify"
+	"inkan/verify/source"
 )
 
 func verifyCommand(e *env) *cli.Command {
@@ -34,6 +35,8 @@ func verifyCommand(e *env) *cli.Command {
 			&cli.StringFlag{Name: "replay-db", Usage: "`FILE` that remembers what was seen; without it a replay is not noticed"},
 			&cli.StringFlag{Name: "reference", Usage: "JSON `FILE` with this venue's reference price"},
 			&cli.BoolFlag{Name: "accept-reference", Usage: "believe the signer's reference price"},
+			&cli.StringFlag{Name: "source-address", Usage: "`ADDRESS` that it came from; without it a scope that names networks or regions refuses"},
+			&cli.StringFlag{Name: "regions", Usage: "geofeed (.csv) or MMDB (.mmdb) `FILE` that says where addresses are"},
 			&cli.TimestampFlag{Name: "at", Layout: time.RFC3339, Usage: "verify as of this `TIME`"},
 		},
 		Action: func(c *cli.Context) error { return runVerify(e, c) },
@@ -120,6 +123,17 @@ func runVerify(e *env, c *cli.Context) error {
 		}
 		body = &verify.Body{Format: scope.NativeHTTPBody, SHA256: sha256.Sum256(b)}
 	}
+	arrived := verify.Arrival{Body: body}
+	if text := c.String("source-address"); text != "" {
+		if arrived.From, err = sourceAddress(text); err != nil {
+			return err
+		}
+	}
+	if file := c.String("regions"); file != "" {
+		if config.Regions, err = source.Open(file); err != nil {
+			return err
+		}
+	}
 	r, err := verify.NewReceiver(config)
 	if err != nil {
 		return err
@@ -128,7 +142,7 @@ func runVerify(e *env, c *cli.Context) error {
 	if err != nil {
 		return err
 	}
-	v, err := r.Verify(c.Context, bytes.TrimSpace(b), body)
+	v, err := r.VerifyArrival(c.Context, bytes.TrimSpace(b), arrived)
 	if err != nil {
 		if refusal, ok := errors.AsType[*verify.Refusal](err); ok && c.Bool("json") {
 			if err := e.printJSON(map[string]any{"accepted": false, "refusal": refusal}); err != nil {

@@ -25,6 +25,7 @@ import (
 	"inkan/internal/testca"
 	"inkan/verify"
 	"inkan/verify/gate"
+	"inkan/verify/source"
 )
 
 // TestHandshakes: the TLS layer refuses alone; no request is read.
@@ -171,6 +172,35 @@ func TestNetwork(t *testing.T) {
 	if got := (<-s.got).Header.Values("X-Forwarded-For"); len(got) != 1 || got[0] != "127.0.0.1" {
 		t.Errorf("X-Forwarded-For is %q", got)
 	}
+}
+
+// TestSource: the scope says where its agent may call from, over connections
+// from several addresses of the host; a stolen certificate and key do not help.
+func TestSource(t *testing.T) {
+	feed, err := source.ParseGeofeed([]byte("127.0.0.2,FR,,,\n127.0.0.3,US,,,\n"))
+	if err != nil {
+		t.Fatal(err)
+	}
+	s := newSite(t)
+	s.rescope(t, `"source_networks":["127.0.0.0/30"],"source_regions":["FR"]`)
+	s.config.Receiver.Regions = feed
+	s.serve(t)
+	stolen := certificate(t, s.ca, nil)
+	for _, c := range []struct{ local, reason string }{{"127.0.0.2", ""}, {"127.0.0.3", "source_region"}, {"127.0.0.4", "source_network"}, {"127.0.0.1", "source_region"}} {
+		client := s.client(t, stolen)
+		client.Transport.(*http.Transport).DialContext = (&net.Dialer{LocalAddr: &net.TCPAddr{IP: net.ParseIP(c.local)}}).DialContext
+		status, reason, answer := s.send(t, client, "POST", "/orders", s.sign(t, s.agent, []byte(goodBody), nil), []byte(goodBody), func(r *http.Request) {
+			r.Header.Set("X-Forwarded-For", "127.0.0.2")
+			r.Header.Set("Forwarded", "for=127.0.0.2")
+		})
+		if reason != c.reason || (c.reason == "") != (status == 200) {
+			t.Errorf("from %s: %d %s, want %q", c.local, status, answer, c.reason)
+		}
+		if c.reason == "" {
+			<-s.got
+		}
+	}
+	s.nothing(t)
 }
 
 // TestResumption: a resumed session is checked like the first one.

@@ -146,6 +146,8 @@ func (c *Config) complete() error {
 		return errors.New("Receiver.Revocation is missing: use verify.NoRevocation to go without")
 	case c.GetCertificate == nil:
 		return errors.New("GetCertificate is missing")
+	case c.Receiver.Forwarding != nil:
+		return errors.New("Receiver.Forwarding is set: the TLS client of a gate is the agent itself, so no proxy can stand between")
 	case len(c.Routes) == 0:
 		return errors.New("no route is given: nothing would pass")
 	}

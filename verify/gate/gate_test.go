@@ -140,6 +140,16 @@ func newSite(t testing.TB) *site {
 	return s
 }
 
+// rescope gives the agent a certificate whose scope has more members, in JSON.
+func (s *site) rescope(t testing.TB, members string) {
+	t.Helper()
+	var err error
+	if s.scope, err = scope.Parse([]byte(strings.Replace(scopeJSON, `{`, `{`+members+`,`, 1))); err != nil {
+		t.Fatal(err)
+	}
+	s.agent = s.ca.Agent(t, "a", s.scope.Canonical(), nil)
+}
+
 // serve starts the gate; it ends with the test, and must end well.
 func (s *site) serve(t testing.TB) {
 	t.Helper()
