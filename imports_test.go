@@ -24,6 +24,7 @@ var allowed = map[string][]string{
 	"cmd/inkan-sim":       {"*", "simulator"},
 	"examples/bot":        {},
 	"hsm":                 {"internal/strictjson", "github.com/ThalesGroup/crypto11", "github.com/miekg/pkcs11"},
+	"internal/anchor":     {"audit", "tpm"},
 	"internal/attester":   {"attest", "tpm", "internal/problem", "internal/strictjson"},
 	"internal/caller":     {"golang.org/x/sys"},
 	"internal/certext":    {"internal/strictjson"},

@@ -115,6 +115,14 @@ type Head struct {
 type Options struct {
 	// Now is the clock; nil is time.Now.
 	Now func() time.Time
+	// Anchor is what the record is bound to; nil: nothing, and an older record
+	// in the place of this one is not found out.
+	Anchor Anchor
+	// Program is the SHA-256 of the executable that writes.
+	Program [32]byte
+	// BindEvery is how often the record is bound to the anchor while it grows:
+	// what was recorded since can be forgotten unnoticed. 0: with every commit, before anything of it is answered.
+	BindEvery time.Duration
 }
 
 // Log is an agent's record. It is safe for concurrent use: concurrent calls
@@ -139,16 +147,18 @@ type Log struct {
 
 	edge map[int64]tlog.Hash // the hashes that the next ones are made of; the writer's
 	book *scope.Book         // what is used of limits over time; the writer's, derived from the entries
+
+	anchoring *anchoring // nil: it is bound to nothing
 }
 
 type statements struct {
-	begin, commit, leaf, header, signature, hash, head, find, certificate, start, checkpoint, readHash *sql.Stmt
+	begin, commit, leaf, header, signature, hash, head, find, certificate, start, checkpoint, bound, readHash *sql.Stmt
 }
 
 // Open opens or makes the log at path. One process has it open at a time
 // ([ErrInUse]). A log whose head and entries disagree is refused ([ErrDamaged]).
 func Open(ctx context.Context, path string, o Options) (_ *Log, err error) {
-	l := &Log{now: o.Now, requests: make(chan *request, 256), stop: make(chan struct{}), stopped: make(chan struct{}), headers: make(map[string]int64)}
+	l := &Log{now: o.Now, requests: make(chan *request, 256), stop: make(chan struct{}), stopped: make(chan struct{}), headers: make(map[string]int64), anchoring: newAnchoring(o)}
 	if l.now == nil {
 		l.now = time.Now
 	}
@@ -181,7 +191,18 @@ func Open(ctx context.Context, path string, o Options) (_ *Log, err error) {
 	if err := l.recover(ctx); err != nil {
 		return nil, err
 	}
+	if l.anchoring != nil {
+		if err := l.anchoring.examine(ctx, l.conn, l.head); err != nil {
+			return nil, err
+		}
+	}
 	go l.write()
+	if l.anchoring != nil {
+		go l.keepBound()
+		if err := l.begin(ctx); err != nil {
+			return nil, errors.Join(err, l.Close())
+		}
+	}
 	return l, nil
 }
 
@@ -199,6 +220,9 @@ func (l *Log) prepare(ctx context.Context) error {
 	default:
 		return fmt.Errorf("it has format %d, this program knows %d", version, schemaVersion)
 	}
+	if _, err := l.conn.ExecContext(ctx, anchorSchema); err != nil {
+		return err
+	}
 	for _, s := range []struct {
 		to  **sql.Stmt
 		sql string
@@ -214,6 +238,7 @@ func (l *Log) prepare(ctx context.Context) error {
 		{&l.stmt.certificate, "INSERT OR IGNORE INTO certificate(sha256, chain) VALUES(?, ?)"},
 		{&l.stmt.start, "INSERT OR IGNORE INTO start(sha256, document) VALUES(?, ?)"},
 		{&l.stmt.checkpoint, "INSERT INTO checkpoint(size, time, note) VALUES(?, ?, ?) ON CONFLICT(size) DO UPDATE SET time = excluded.time, note = excluded.note WHERE excluded.time >= time"},
+		{&l.stmt.bound, "INSERT OR REPLACE INTO bound(one, origin, value, size, device, resets, restarts, program) VALUES(1, ?, ?, ?, ?, ?, ?, ?)"},
 		{&l.stmt.readHash, "SELECT hash FROM hash WHERE idx = ?"},
 	} {
 		stmt, err := l.conn.PrepareContext(ctx, s.sql)
@@ -422,7 +447,12 @@ func (l *Log) AddStart(ctx context.Context, document []byte) error {
 
 // Close writes what waits and closes the log. A second Close does nothing.
 func (l *Log) Close() error {
-	l.once.Do(func() { close(l.stop) })
+	l.once.Do(func() {
+		if l.anchoring != nil {
+			l.endBinding()
+		}
+		close(l.stop)
+	})
 	<-l.stopped
 	return nil
 }

@@ -80,6 +80,8 @@ type request struct {
 	seal *Seal
 	note string
 	at   time.Time
+	// or, alone or with an event, what the record is bound to from now on:
+	bound *bound
 
 	receipt *Receipt
 	err     error
@@ -99,7 +101,13 @@ func (l *Log) Record(ctx context.Context, p *scope.Permit, id Identity) (*Receip
 		return nil, err
 	}
 	r := l.send(ctx, &request{action: p.Action(), payload: sha256.Sum256(payload), permit: p, identity: id})
-	return r.receipt, r.err
+	if r.err == nil {
+		r.err = l.ensure(ctx, r.receipt.counter)
+	}
+	if r.err != nil {
+		return nil, r.err
+	}
+	return r.receipt, nil
 }
 
 // Refuse writes a refused action, which is nil where it could not be parsed.
@@ -134,6 +142,9 @@ func (l *Log) Event(ctx context.Context, e *scope.Event, id Identity) (scope.Cou
 		return 0, errors.New("record: the event stands under another scope than the certificate's")
 	}
 	r := l.send(ctx, &request{event: e, identity: id})
+	if r.err == nil {
+		r.err = l.ensure(ctx, r.counter)
+	}
 	return scope.Counter(r.counter), r.err
 }
 
@@ -266,6 +277,7 @@ func (l *Log) commit(group []*request) {
 	err := l.Err()
 	if err == nil {
 		var head Head
+		grown := false
 		if head, err = l.transact(group); err != nil {
 			err = fmt.Errorf("%w: %w", ErrFailed, err)
 		}
@@ -273,13 +285,17 @@ func (l *Log) commit(group []*request) {
 		if err != nil {
 			l.failed = err
 		} else {
+			grown = head.Size > l.head.Size
 			l.head = head
 		}
 		l.mu.Unlock()
 		for _, r := range group {
-			if err == nil && r.seal != nil {
+			if err == nil && r.seal != nil && r.err == nil {
 				l.seal(r.seal)
 			}
+		}
+		if err == nil && grown {
+			l.anchoring.recorded()
 		}
 	}
 	for _, r := range group {
@@ -299,6 +315,7 @@ func (l *Log) transact(group []*request) (Head, error) {
 	}
 	fresh := make(map[int64]tlog.Hash) // hashes of this transaction
 	grown := false
+	refused := l.anchoring.refuses()
 	for _, r := range group {
 		var err error
 		switch {
@@ -310,6 +327,10 @@ func (l *Log) transact(group []*request) (Head, error) {
 			sum := sha256.Sum256(r.start)
 			_, err = l.stmt.start.Exec(sum[:], r.start)
 		case r.seal != nil: // after the commit
+			r.refuse(refused)
+		case r.bound != nil && r.event == nil: // below: it binds the whole group
+		case refused != nil && r.bound == nil && (r.action != nil || r.event != nil || r.refusal != nil):
+			r.refuse(refused)
 		case r.note != "":
 			_, err = l.stmt.checkpoint.Exec(int64(r.counter), r.at.UnixMicro(), r.note)
 		case r.header != "":
@@ -333,10 +354,27 @@ func (l *Log) transact(group []*request) (Head, error) {
 			return head, l.rollback(err)
 		}
 	}
+	for _, r := range group {
+		if r.bound == nil || r.err != nil {
+			continue
+		}
+		b := r.bound
+		if _, err := l.stmt.bound.Exec(int64(b.origin), int64(b.value), int64(head.Size), b.device[:], int64(b.resets), int64(b.restarts), b.program[:]); err != nil {
+			return head, l.rollback(err)
+		}
+		b.size = head.Size
+	}
 	if _, err := l.stmt.commit.Exec(); err != nil {
 		return head, l.rollback(err)
 	}
 	return head, nil
+}
+
+// refuse answers that nothing is recorded now; a nil refusal is none.
+func (r *request) refuse(why *scope.Refusal) {
+	if why != nil {
+		r.err = why
+	}
 }
 
 // signature writes a signature, and its header if it is new.

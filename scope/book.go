@@ -54,6 +54,7 @@ type Book struct {
 
 	lasting Counter      // the last entry whose effect lasts
 	kills   []ActiveKill // in force
+	unknown time.Time    // of the last recovery: what was done before is not all known
 }
 
 // trip is when a throttle disabled something: its refusal is the entry.
@@ -104,6 +105,9 @@ func (b *Book) Check(s *Scope, u Use) *Refusal {
 		return nil
 	}
 	if r := b.killed(u.Kind, u.Audience); r != nil {
+		return r
+	}
+	if r := b.forgotten(s, &u); r != nil {
 		return r
 	}
 	if r := b.refusesDisabled(&u); r != nil {

@@ -40,7 +40,8 @@ type eventType struct {
 
 // facts is the registry.
 var facts = map[Kind]eventType{
-	EventKill: {parseKill, true},
+	EventKill:     {parseKill, true},
+	EventRecovery: {parseRecovery, false},
 }
 
 // Events lists the kinds of events, sorted.

@@ -140,11 +140,10 @@ func (c *Counter) read(h tpm2.AuthHandle) (uint64, error) {
 }
 
 // Advance increments the counter from the value that it has to target, and returns
-// its value then. If it has another value than from, that is returned, and nothing is done:
-// somebody else has incremented it. From 0, never incremented, it is incremented once, and the TPM
+// its value then. If it has another value than from, that is returned, nothing is done, and
+// moved is false: somebody else has incremented it. From 0, never incremented, it is incremented once, and the TPM
 // chooses the value.
-func (c *Counter) Advance(from, target uint64) (value uint64, err error) {
-	begun := false // the sequence may run twice, and the first run may have got anywhere
+func (c *Counter) Advance(from, target uint64) (value uint64, moved bool, err error) {
 	err = c.device.do("incrementing a record counter", func() error {
 		h, written, err := c.find()
 		if err != nil {
@@ -156,10 +155,10 @@ func (c *Counter) Advance(from, target uint64) (value uint64, err error) {
 				return err
 			}
 		}
-		if value != from && !begun {
+		if value != from && !moved {
 			return nil
 		}
-		begun = true
+		moved = true // the sequence may run twice, and the first run may have got anywhere
 		for value == 0 || from != 0 && value < target {
 			if _, err := (tpm2.NVIncrement{AuthHandle: h, NVIndex: tpm2.NamedHandle{Handle: h.Handle, Name: h.Name}}).Execute(c.device.link); err != nil {
 				return err
@@ -175,5 +174,5 @@ func (c *Counter) Advance(from, target uint64) (value uint64, err error) {
 		}
 		return nil
 	})
-	return value, err
+	return value, moved, err
 }

@@ -30,7 +30,7 @@ func TestCounter(t *testing.T) {
 	}
 	advance := func(from, target, want uint64) uint64 {
 		t.Helper()
-		v, err := c.Advance(from, target)
+		v, _, err := c.Advance(from, target)
 		if err != nil {
 			t.Fatal(err)
 		}
@@ -50,7 +50,7 @@ func TestCounter(t *testing.T) {
 	if _, err := c.Read(); !errors.Is(err, tpm.ErrNoCounter) {
 		t.Fatalf("there is no counter yet: %v", err)
 	}
-	if _, err := c.Advance(0, 1); !errors.Is(err, tpm.ErrNoCounter) {
+	if _, _, err := c.Advance(0, 1); !errors.Is(err, tpm.ErrNoCounter) {
 		t.Fatalf("there is no counter yet: %v", err)
 	}
 	for range 2 { // a second time changes nothing
@@ -64,7 +64,9 @@ func TestCounter(t *testing.T) {
 	first := advance(0, 0, 0)
 	advance(first, first+1, first+1)
 	advance(first+1, first+4, first+4)
-	advance(first, first+9, first+4) // somebody else was there: nothing is done
+	if v, moved, err := c.Advance(first, first+9); err != nil || moved || v != first+4 { // somebody else was there
+		t.Fatalf("advanced from a value that it does not have: %d, %v, %v", v, moved, err)
+	}
 
 	before := read()
 	cycle(sim.Close)
@@ -154,7 +156,7 @@ func TestCounterOwner(t *testing.T) {
 	if err := d.Close(); err != nil {
 		t.Fatal(err)
 	}
-	if v, err := h.dev.Counter("a").Advance(0, 0); err != nil || v == 0 {
+	if v, moved, err := h.dev.Counter("a").Advance(0, 0); err != nil || v == 0 || !moved {
 		t.Errorf("to increment it: %d, %v", v, err)
 	}
 }
