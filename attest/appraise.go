@@ -42,6 +42,7 @@ type Expectation struct {
 	ApproverAuth []byte         // authPolicy of keys in approver mode
 	Clock        *Clock         // of the last accepted evidence; nil at first
 	Epoch        uint64         // likewise, of its epoch counter; 0 at first
+	Audit        *uint64        // likewise, of its audit counter; nil: it gave no testimony yet
 	UnsafeClock  bool           // the device's record allows a clock that is not safe
 	MinFirmware  uint64         // the firmware must not be older; 0: any
 	VendorRoots  *x509.CertPool // for what an HSM's maker says of a key
@@ -69,6 +70,7 @@ type Result struct {
 	clock       Clock
 	firmware    uint64
 	epoch       uint64
+	testimony   *Testimony
 	endorsement string
 	at          time.Time
 }
@@ -93,6 +95,9 @@ func (r *Result) Firmware() uint64 { return r.firmware }
 
 // Epoch is the value of the epoch counter, 0 where none was asked for.
 func (r *Result) Epoch() uint64 { return r.epoch }
+
+// Testimony is what the TPM said of its signatures, nil where it said nothing.
+func (r *Result) Testimony() *Testimony { return r.testimony }
 
 // Endorsement is Certified or Pinned.
 func (r *Result) Endorsement() string { return r.endorsement }
@@ -161,6 +166,9 @@ func Appraise(x *Expectation, ev *Evidence) (*Result, error) {
 		return nil, err
 	}
 	if r.epoch, err = a.epoch(ev); err != nil {
+		return nil, err
+	}
+	if r.testimony, err = a.testimony(ev); err != nil {
 		return nil, err
 	}
 	if r.policy, err = matchPolicy(c, ev.PCRs, r.epoch); err != nil {

@@ -120,3 +120,55 @@ func TestEpochOfApproval(t *testing.T) {
 		t.Error("an unknown mode")
 	}
 }
+
+// TestAppraiseTestimony: what the TPM says of its signatures is checked where it is there.
+func TestAppraiseTestimony(t *testing.T) {
+	onAudit := func(change func(*tpm2.TPMSAttest, *tpm2.TPMSCommandAuditInfo)) func(*fixture) {
+		return func(f *fixture) {
+			f.dev.Change = func(kind string, s *tpm2.TPMSAttest) {
+				if kind == "audit" {
+					info, _ := s.Attested.CommandAudit() // it is one
+					change(s, info)
+				}
+			}
+		}
+	}
+	last := uint64(7)
+	for _, c := range []struct {
+		name, check string
+		change      func(*fixture)
+		evidence    func(*attest.Evidence)
+	}{
+		{"good", "", func(*fixture) {}, nil},
+		{"none", "", func(f *fixture) { f.dev.Audit = 0 }, nil},
+		{"another type", "C1", func(*fixture) {}, func(ev *attest.Evidence) { ev.Audit = &ev.Quote }},
+		{"a signature that does not fit", "C1", func(*fixture) {}, func(ev *attest.Evidence) { ev.Audit.Signature = ev.Quote.Signature }},
+		{"of another exchange", "C1", onAudit(func(s *tpm2.TPMSAttest, _ *tpm2.TPMSCommandAuditInfo) { s.ExtraData.Buffer[0]++ }), nil},
+		{"by another key", "C1", onAudit(func(s *tpm2.TPMSAttest, _ *tpm2.TPMSCommandAuditInfo) {
+			s.QualifiedSigner.Buffer = append([]byte{0, 11}, make([]byte, 32)...)
+		}), nil},
+		{"a digest of another size", "C1", onAudit(func(_ *tpm2.TPMSAttest, i *tpm2.TPMSCommandAuditInfo) { i.AuditDigest.Buffer = make([]byte, 20) }), nil},
+		{"another hash", "C2", onAudit(func(_ *tpm2.TPMSAttest, i *tpm2.TPMSCommandAuditInfo) { i.DigestAlg = tpm2.TPMAlgSHA384 }), nil},
+		{"TPM2_Sign is not audited", "C2", onAudit(func(_ *tpm2.TPMSAttest, i *tpm2.TPMSCommandAuditInfo) { i.CommandDigest.Buffer[0]++ }), nil},
+		{"a counter that went back", "C2", func(f *fixture) { f.dev.Audit = 6 }, nil},
+	} {
+		t.Run(c.name, func(t *testing.T) {
+			f := newFixture(t)
+			f.dev.Audit, f.x.Audit = 7, &last
+			c.change(f)
+			ev := f.evidence(t)
+			if c.evidence != nil {
+				c.evidence(ev)
+			}
+			r, err := attest.Appraise(&f.x, ev)
+			switch {
+			case c.check != "" && !errors.Is(err, &attest.Refusal{Check: c.check}):
+				t.Errorf("%v, %s is expected", err, c.check)
+			case c.check == "" && err != nil:
+				t.Error(err)
+			case c.name == "good" && (r.Testimony() == nil || r.Testimony().Counter != 7):
+				t.Errorf("testimony %+v", r.Testimony())
+			}
+		})
+	}
+}

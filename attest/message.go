@@ -64,6 +64,7 @@ type Evidence struct {
 	Quote   Attested      `json:"quote"`
 	Keys    []KeyEvidence `json:"keys"`            // in the order of the requests
 	Epoch   *Attested     `json:"epoch,omitempty"` // the epoch counter (TPM2_NV_Certify)
+	Audit   *Attested     `json:"audit,omitempty"` // the TPM's testimony about its signatures (TPM2_GetCommandAuditDigest); absent where it gives none
 }
 
 // Attested is a TPMS_ATTEST and the AK's signature over it.

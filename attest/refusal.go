@@ -67,6 +67,8 @@ var Checks = []Check{
 	{"N1", "the epoch counter's certification is there when it is asked for, and only then: a TPM's, signed by the AK, of the type NV, carrying this exchange and this TLS channel"},
 	{"N2", "the epoch counter is an index of the one definition that approvals name: a counter"},
 	{"N3", "the epoch is at least what the operator demands, and never goes back"},
+	{"C1", "the TPM's testimony about its signatures, where there is one, is a TPM's, signed by the AK, of the type command audit, and carries this exchange and this TLS channel"},
+	{"C2", "the TPM that testifies audits TPM2_Sign, and its audit counter never goes back"},
 	{"P1", "the PCR values are those of a policy that the policy key approved for this device and keys of this mode"},
 	{"G1", "any error ends refused, and a failed exchange stays failed"},
 	{"G2", "no input crashes the appraisal"},

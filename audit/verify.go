@@ -97,6 +97,9 @@ type VerifyOptions struct {
 	Progress func(done, total uint64)   // may be nil; told how far it is
 	Observe  func(*Verified)            // may be nil; gets each entry that verified, in order, from one goroutine
 	Head     func(*Checkpoint, *Filter) // may be nil; gets the head before the entries of an export
+
+	Sizes  map[uint64]bool                      // of a whole record: numbers of entries for which
+	RootAt func(size uint64, root scope.Digest) // this gets the root of the tree over them
 }
 
 // Verified is an entry that was verified.
@@ -306,6 +309,9 @@ func (v *verification) next(j *job) error {
 		return err
 	}
 	v.grow(j.entry.Statement)
+	if v.o.Sizes[n] {
+		v.o.RootAt(n, scope.Digest(v.root()))
+	}
 	st := j.statement
 	if st.Controls != v.book.Lasting() {
 		return unproven(RuleOrder, n, "it names event %d as the last one that lasts, that is %d", st.Controls, v.book.Lasting())

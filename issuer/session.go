@@ -208,7 +208,7 @@ func (i *Issuer) finish(ctx context.Context, ev *attest.Evidence, binding []byte
 	}
 	result, err := attest.Appraise(&attest.Expectation{
 		Challenge: x.challenge, Binding: binding, Secret: x.secret, Endorsement: x.endorsement, AK: x.hello.AKPublic, SRK: x.hello.SRKPublic,
-		AuthPolicy: auth[attest.ModeLocal], ApproverAuth: auth[attest.ModeApprover], Clock: x.device.clock, Epoch: x.device.Epoch, UnsafeClock: x.device.UnsafeClock, MinFirmware: uint64(x.device.MinFirmware), AppraisalNow: i.now(), VendorRoots: a.vendorRoots(),
+		AuthPolicy: auth[attest.ModeLocal], ApproverAuth: auth[attest.ModeApprover], Clock: x.device.clock, Epoch: x.device.Epoch, Audit: x.device.audit, UnsafeClock: x.device.UnsafeClock, MinFirmware: uint64(x.device.MinFirmware), AppraisalNow: i.now(), VendorRoots: a.vendorRoots(),
 	}, ev)
 	if err != nil {
 		return nil, err
@@ -227,27 +227,48 @@ func (i *Issuer) appraised(ctx context.Context, x *session, ev *attest.Evidence,
 		return err
 	}
 	digest, clock := fmt.Sprintf("%x", r.EvidenceDigest()), r.Clock()
+	var audit sql.NullInt64
+	if t := r.Testimony(); t != nil {
+		audit = sql.NullInt64{Int64: int64(t.Counter), Valid: true}
+	}
 	return i.store.inTx(ctx, func(tx *sql.Tx) error {
 		if _, err := tx.ExecContext(ctx, "INSERT OR IGNORE INTO evidence(sha256, document) VALUES(?, ?)", digest, doc); err != nil {
 			return err
 		}
-		res, err := tx.ExecContext(ctx, "UPDATE device SET ak = ?, srk = ?, clock_ms = ?, resets = ?, restarts = ?, epoch = max(epoch, ?) WHERE id = ? AND (ak IS NULL OR ak = ?)",
-			x.hello.AKPublic, x.hello.SRKPublic, int64(clock.Milliseconds), clock.Resets, clock.Restarts, int64(r.Epoch()), x.device.ID, x.hello.AKPublic)
+		res, err := tx.ExecContext(ctx, "UPDATE device SET ak = ?, srk = ?, clock_ms = ?, resets = ?, restarts = ?, epoch = max(epoch, ?), audit = coalesce(?, audit) WHERE id = ? AND (ak IS NULL OR ak = ?)",
+			x.hello.AKPublic, x.hello.SRKPublic, int64(clock.Milliseconds), clock.Resets, clock.Restarts, int64(r.Epoch()), audit, x.device.ID, x.hello.AKPublic)
 		if err := constraint(err, "attestation key"); err != nil {
 			return refuse("E9", "%v", err)
 		}
 		if n, err := res.RowsAffected(); err != nil || n != 1 {
 			return refuse("E9", "device %s was removed, or has another attestation key by now", x.device.ID)
 		}
+		if x.device.audit != nil && !audit.Valid {
+			if err := event(ctx, tx, Event{Time: r.Time(), Kind: "changed", Agent: x.agent, Device: x.device.ID, Check: "C1", Detail: "the TPM's testimony about its signatures is missing: it gave one before", Evidence: digest}); err != nil {
+				return err
+			}
+		}
 		return event(ctx, tx, Event{Time: r.Time(), Kind: "appraised", Agent: x.agent, Device: x.device.ID, Check: "P1",
-			Detail: fmt.Sprintf("EK %s, policy %s, firmware %#x, epoch %d", r.Endorsement(), r.Policy(), r.Firmware(), r.Epoch()), Evidence: digest})
+			Detail: fmt.Sprintf("EK %s, policy %s, firmware %#x, epoch %d, %s", r.Endorsement(), r.Policy(), r.Firmware(), r.Epoch(), testified(r.Testimony())), Evidence: digest})
 	})
+}
+
+// testified says what the TPM said of its signatures, for the decision log.
+func testified(t *attest.Testimony) string {
+	if t == nil {
+		return "no testimony about signatures"
+	}
+	return fmt.Sprintf("signatures audited to period %d, digest %x", t.Counter, t.Digest)
 }
 
 // grant issues the agent's certificates from an appraisal's result.
 func (i *Issuer) grant(ctx context.Context, a *Agent, x *session, r *attest.Result) (*attest.Grant, error) {
 	if !r.Valid() {
 		return nil, refuse("G1", "there is no appraisal")
+	}
+	ak, err := attest.KeyName(x.hello.AKPublic)
+	if err != nil {
+		return nil, err
 	}
 	g := &attest.Grant{Policies: x.challenge.Policies, RenewAfter: i.now().Add(i.config.lifetime * 2 / 3).UTC().Truncate(time.Second)}
 	for _, k := range r.Keys() {
@@ -256,7 +277,7 @@ func (i *Issuer) grant(ctx context.Context, a *Agent, x *session, r *attest.Resu
 			o.scope = []byte(a.Scope)
 			o.attestation = &certext.Attestation{
 				Policy: r.Policy(), EvidenceSHA256: fmt.Sprintf("%x", r.EvidenceDigest()), Time: r.Time().UTC().Truncate(time.Second),
-				Protection: certext.ProtectionTPM, Mode: attest.ModeLocal, KeyName: hex.EncodeToString(k.Name), AuthPolicy: hex.EncodeToString(k.AuthPolicy),
+				Protection: certext.ProtectionTPM, Mode: attest.ModeLocal, AKName: hex.EncodeToString(ak), KeyName: hex.EncodeToString(k.Name), AuthPolicy: hex.EncodeToString(k.AuthPolicy),
 				EK: r.Endorsement(), Device: x.device.ID,
 			}
 			if k.Mode == attest.ModeApprover {

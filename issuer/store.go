@@ -36,6 +36,7 @@ CREATE TABLE device(
 	clock_ms      INTEGER, resets INTEGER, restarts INTEGER,
 	epoch_min     INTEGER NOT NULL DEFAULT 0, -- that the epoch counter must have; 0: the device has no epochs
 	epoch         INTEGER NOT NULL DEFAULT 0, -- that it had at the last accepted evidence
+	audit         INTEGER,               -- the TPM's audit counter then; NULL: it gave no testimony yet
 	created       INTEGER NOT NULL
 ) STRICT;
 CREATE TABLE agent(
@@ -107,6 +108,7 @@ type Device struct {
 	Epoch         uint64 `json:"epoch,omitzero"`     // that it had at the last accepted evidence; output only
 	ak, srk       []byte
 	clock         *attest.Clock
+	audit         *uint64
 }
 
 // Agent is an agent in the inventory.
@@ -272,16 +274,20 @@ func (s *store) addDevice(ctx context.Context, d Device, now time.Time) error {
 	})
 }
 
-const deviceColumns = "id, ek, roots, intermediates, crls, allow_expired, unsafe_clock, min_firmware, ak, srk, clock_ms, resets, restarts, epoch_min, epoch"
+const deviceColumns = "id, ek, roots, intermediates, crls, allow_expired, unsafe_clock, min_firmware, ak, srk, clock_ms, resets, restarts, epoch_min, epoch, audit"
 
 func scanDevice(row interface{ Scan(...any) error }) (*Device, error) {
 	var d Device
 	var ek []byte
-	var ms, resets, restarts sql.NullInt64
-	if err := row.Scan(&d.ID, &ek, &d.Roots, &d.Intermediates, &d.CRLs, &d.AllowExpired, &d.UnsafeClock, &d.MinFirmware, &d.ak, &d.srk, &ms, &resets, &restarts, &d.EpochMin, &d.Epoch); err != nil {
+	var ms, resets, restarts, audit sql.NullInt64
+	if err := row.Scan(&d.ID, &ek, &d.Roots, &d.Intermediates, &d.CRLs, &d.AllowExpired, &d.UnsafeClock, &d.MinFirmware, &d.ak, &d.srk, &ms, &resets, &restarts, &d.EpochMin, &d.Epoch, &audit); err != nil {
 		return nil, err
 	}
 	d.EK, d.Enrolled = hex.EncodeToString(ek), d.ak != nil
+	if audit.Valid {
+		n := uint64(audit.Int64)
+		d.audit = &n
+	}
 	if ms.Valid {
 		d.clock = &attest.Clock{Milliseconds: uint64(ms.Int64), Resets: uint32(resets.Int64), Restarts: uint32(restarts.Int64)}
 	}

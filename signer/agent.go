@@ -45,6 +45,7 @@ type Agent struct {
 	now       func() time.Time
 	metrics   *agentMetrics
 	device    func() DeviceStatus // nil: not known
+	testify   func() error        // nil: the device cannot
 	logger    *slog.Logger
 }
 

@@ -64,9 +64,19 @@ func (a *Agent) Checkpoint(ctx context.Context) (*Checkpoint, error) {
 	return &Checkpoint{&c, note}, nil
 }
 
-// checkpoint has a record's head signed; that it could not be stands in the
-// log, and the next one is tried in its time.
+// checkpoint has a record's head signed, and the device testify to all that it
+// signed; that it could not be stands in the log, and the next one is tried in its time.
 func (s *Signer) checkpoint(ctx context.Context, a *Agent) {
+	s.head(ctx, a)
+	if a.testify == nil {
+		return
+	}
+	if err := a.testify(); err != nil && ctx.Err() == nil {
+		s.log.WarnContext(ctx, "the device does not testify to its signatures", "agent", a.name, "error", err)
+	}
+}
+
+func (s *Signer) head(ctx context.Context, a *Agent) {
 	if cred := a.current.Load(); cred != nil && cred.action.Attestation.Mode == certext.ModeApprover {
 		return
 	}

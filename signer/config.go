@@ -37,6 +37,8 @@ type Config struct {
 	Operators     []CallerConfig `json:"operators,omitempty"` // processes that may see the status of all agents; root and the signer's own user by default
 	Remote        *RemoteConfig  `json:"remote,omitempty"`    // agents on other hosts; none by default
 
+	CommandAudit string `json:"command_audit,omitempty"` // auto (default): the TPM testifies to its signatures if it can; required; off
+
 	Approvers       []ApproverConfig `json:"approvers,omitempty"`        // for keys in approver mode, in the order in which they are asked
 	ApproverHedge   string           `json:"approver_hedge,omitempty"`   // after what time the next one is asked besides; 100ms by default
 	ApproverTimeout string           `json:"approver_timeout,omitempty"` // after what time an action is refused; 2s by default
@@ -51,6 +53,13 @@ type IssuerConfig struct {
 	URL string `json:"url"` // https, the agents' API
 	CA  string `json:"ca"`  // PEM file with the CA certificate
 }
+
+// Values of command_audit.
+const (
+	AuditAuto     = "auto"
+	AuditRequired = "required"
+	AuditOff      = "off"
+)
 
 // ApproverConfig is an approver that the signer asks.
 type ApproverConfig struct {
@@ -121,6 +130,13 @@ func (c *Config) validate(dir string) error {
 	}
 	for _, p := range []*string{&c.Socket, &c.StateDir, &c.TPM, &c.Issuer.CA, &c.OwnerAuthFile, &c.EndorsementF} {
 		below(p)
+	}
+	switch c.CommandAudit {
+	case "":
+		c.CommandAudit = AuditAuto
+	case AuditAuto, AuditRequired, AuditOff:
+	default:
+		return fmt.Errorf("command_audit %.16q: %s, %s or %s is expected", c.CommandAudit, AuditAuto, AuditRequired, AuditOff)
 	}
 	for i := range c.Approvers {
 		a := &c.Approvers[i]

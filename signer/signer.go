@@ -32,6 +32,8 @@ type Credentials struct {
 	Key    crypto.Signer
 	Chain  []*x509.Certificate // empty: there is none yet
 	Device func() DeviceStatus // what operators see of the device; nil: nothing
+	// Testify has the device say what it signed, for its journal of signatures; nil: it cannot.
+	Testify func() error
 	// Approvers get the authorizations that a key in approver mode needs; nil: there are none.
 	Approvers *client.Group
 }
@@ -80,7 +82,7 @@ func Open(ctx context.Context, c *Config, credentials map[string]Credentials, re
 		if err := os.MkdirAll(dir, 0o700); err != nil {
 			return nil, err
 		}
-		a := &Agent{name: ac.Name, key: cred.Key, approvers: cred.Approvers, lifetime: ac.lifetime, every: ac.checkpoints, busy: make(chan struct{}, ac.MaxConcurrent), now: time.Now, metrics: s.metrics.agent(ac.Name), logger: log, device: cred.Device}
+		a := &Agent{name: ac.Name, key: cred.Key, approvers: cred.Approvers, lifetime: ac.lifetime, every: ac.checkpoints, busy: make(chan struct{}, ac.MaxConcurrent), now: time.Now, metrics: s.metrics.agent(ac.Name), logger: log, device: cred.Device, testify: cred.Testify}
 		if a.prices, err = openPrices(ac.ReferencePrices, ac.ReferenceKey); err != nil {
 			return nil, fmt.Errorf("agent %s: %w", ac.Name, err)
 		}

@@ -14,7 +14,8 @@ import (
 // DeviceStatus is what operators see of the device that an agent's key is in.
 // The members after Kind are those of a token's worker process.
 type DeviceStatus struct {
-	Kind           string  `json:"kind"` // tpm or pkcs11
+	Kind           string  `json:"kind"`                   // tpm or pkcs11
+	CommandAudit   string  `json:"command_audit,omitzero"` // of a TPM: on, or why it does not testify to its signatures
 	WorkerPID      int     `json:"worker_pid,omitzero"`
 	Generation     uint64  `json:"generation,omitzero"` // workers started so far
 	Sessions       int     `json:"sessions,omitzero"`

@@ -120,15 +120,15 @@ type candidate struct {
 
 // signApproved signs in approver mode. If the TPM lost the session meanwhile,
 // or the authorization came too late for it, it asks once more.
-func (k *Key) signApproved(digest []byte, a Authorizer) (*tpm2.TPMSSignatureECC, error) {
-	sig, err := k.tryApproved(digest, a)
+func (k *Key) signApproved(digest, message []byte, a Authorizer) (*tpm2.TPMSSignatureECC, error) {
+	sig, err := k.tryApproved(digest, message, a)
 	if errors.Is(err, errStale) {
-		sig, err = k.tryApproved(digest, a)
+		sig, err = k.tryApproved(digest, message, a)
 	}
 	return sig, err
 }
 
-func (k *Key) tryApproved(digest []byte, a Authorizer) (*tpm2.TPMSSignatureECC, error) {
+func (k *Key) tryApproved(digest, message []byte, a Authorizer) (*tpm2.TPMSSignatureECC, error) {
 	u := k.use.Load()
 	if len(u.candidates) == 0 {
 		return nil, fmt.Errorf("signing: %w for keys in approver mode: ask the operator of the issuer for one that names the approvers", ErrNoPolicy)
@@ -166,7 +166,7 @@ func (k *Key) tryApproved(digest []byte, a Authorizer) (*tpm2.TPMSSignatureECC, 
 			p.spoiled = true
 			return errStale
 		}
-		sig, err = k.signIn(p, u, satisfied, got, cpHash, digest)
+		sig, err = k.signIn(p, u, satisfied, got, cpHash, digest, message)
 		return err
 	})
 	return sig, err
@@ -201,7 +201,7 @@ next:
 // signIn satisfies the policy in the session and signs: with everything loaded,
 // that is a command for the PCRs, one for the epoch if there is one, one for each
 // approver, one for the policy key and the signature.
-func (k *Key) signIn(p *parked, u *use, satisfied []candidate, got map[string]*attest.Authorization, cpHash [32]byte, digest []byte) (*tpm2.TPMSSignatureECC, error) {
+func (k *Key) signIn(p *parked, u *use, satisfied []candidate, got map[string]*attest.Authorization, cpHash [32]byte, digest, message []byte) (*tpm2.TPMSSignatureECC, error) {
 	d := k.device
 	x, c, err := k.approvedState(p, u, satisfied)
 	if err != nil {
@@ -235,7 +235,7 @@ func (k *Key) signIn(p *parked, u *use, satisfied []candidate, got map[string]*a
 	if err := k.load(); err != nil {
 		return nil, err
 	}
-	sig, err := k.command(digest, p.session)
+	sig, err := k.command(digest, message, p.session)
 	if err != nil {
 		return nil, answer(err)
 	}

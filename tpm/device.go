@@ -50,6 +50,8 @@ type Device struct {
 	timer    *time.Timer
 	closed   bool
 
+	journal Journal // nil: signatures are not kept
+
 	approvals chan struct{}        // one for each signature in approver mode that is under way
 	free      []*parked            // sessions for those
 	waiting   int                  // sessions that wait for an approver

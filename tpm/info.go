@@ -51,11 +51,6 @@ var (
 		tpm2.TPMCCPolicyAuthorize, tpm2.TPMCCPolicySigned, tpm2.TPMCCPolicySecret, tpm2.TPMCCPolicyNV, tpm2.TPMCCVerifySignature, tpm2.TPMCCLoadExternal, tpm2.TPMCCNVDefineSpace, tpm2.TPMCCNVIncrement, tpm2.TPMCCUnseal}
 )
 
-const (
-	ccSetCommandAudit = 0x140 // TPM_CC_SetCommandCodeAuditStatus (Part 2, section 6.5.2)
-	ccGetCommandAudit = 0x133 // TPM_CC_GetCommandAuditDigest
-)
-
 // Info asks the TPM about itself. It changes nothing.
 func (d *Device) Info() (info *Info, err error) {
 	err = d.do("asking the TPM about itself", func() (err error) {
@@ -220,6 +215,6 @@ func (d *Device) abilities(out *Info) error {
 		}
 	}
 	slices.Sort(out.Missing)
-	out.CommandAudit = commands[ccSetCommandAudit] && commands[ccGetCommandAudit]
+	out.CommandAudit = commands[tpm2.TPMCCSetCommandCodeAuditStatus] && commands[tpm2.TPMCCGetCommandAuditDigest]
 	return nil
 }

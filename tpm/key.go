@@ -4,6 +4,7 @@ import (
 	"bytes"
 	"crypto"
 	"crypto/ecdsa"
+	"crypto/sha256"
 	"encoding/asn1"
 	"errors"
 	"fmt"
@@ -219,11 +220,25 @@ func (d *Device) makeRoom(n int) error {
 	return nil
 }
 
+// SignMessage signs a message's SHA-256, as Sign does, and a journal of
+// signatures is told the message (crypto.MessageSigner).
+func (k *Key) SignMessage(_ io.Reader, message []byte, opts crypto.SignerOpts) ([]byte, error) {
+	if opts == nil || opts.HashFunc() != crypto.SHA256 {
+		return nil, errors.New("signing: the key signs SHA-256 digests only")
+	}
+	digest := sha256.Sum256(message)
+	return k.signDigest(digest[:], message, opts)
+}
+
 // Sign signs a SHA-256 digest and returns the signature in ASN.1 DER. It
 // fails with a *PCRError when the host is not in an approved state, with an
 // *EpochError when the approvals of its state have ended. For a key
 // in approver mode opts must be an [Authorizer].
 func (k *Key) Sign(_ io.Reader, digest []byte, opts crypto.SignerOpts) ([]byte, error) {
+	return k.signDigest(digest, nil, opts)
+}
+
+func (k *Key) signDigest(digest, message []byte, opts crypto.SignerOpts) ([]byte, error) {
 	if opts == nil || opts.HashFunc() != crypto.SHA256 {
 		return nil, errors.New("signing: the key signs SHA-256 digests only")
 	}
@@ -237,10 +252,10 @@ func (k *Key) Sign(_ io.Reader, digest []byte, opts crypto.SignerOpts) ([]byte, 
 		if !ok {
 			return nil, fmt.Errorf("signing: the key is in approver mode: %w", ErrNotAuthorized)
 		}
-		sig, err = k.signApproved(digest, a)
+		sig, err = k.signApproved(digest, message, a)
 	} else {
 		err = k.device.do("signing", func() (err error) {
-			sig, err = k.sign(digest)
+			sig, err = k.sign(digest, message)
 			return err
 		})
 	}
@@ -252,7 +267,7 @@ func (k *Key) Sign(_ io.Reader, digest []byte, opts crypto.SignerOpts) ([]byte, 
 	})
 }
 
-func (k *Key) sign(digest []byte) (*tpm2.TPMSSignatureECC, error) {
+func (k *Key) sign(digest, message []byte) (*tpm2.TPMSSignatureECC, error) {
 	if err := k.load(); err != nil {
 		return nil, err
 	}
@@ -264,19 +279,25 @@ func (k *Key) sign(digest []byte) (*tpm2.TPMSSignatureECC, error) {
 		}
 		auth = s
 	}
-	return k.command(digest, auth)
+	return k.command(digest, message, auth)
 }
 
 // command is TPM2_Sign, the one that attest.SignCommandHash is the hash of.
-func (k *Key) command(digest []byte, auth tpm2.Session) (*tpm2.TPMSSignatureECC, error) {
-	rsp, err := tpm2.Sign{
-		KeyHandle:  tpm2.AuthHandle{Handle: k.handle.Handle, Name: k.handle.Name, Auth: auth},
-		Digest:     tpm2.TPM2BDigest{Buffer: digest},
-		InScheme:   tpm2.TPMTSigScheme{Scheme: tpm2.TPMAlgECDSA, Details: tpm2.NewTPMUSigScheme(tpm2.TPMAlgECDSA, &tpm2.TPMSSchemeHash{HashAlg: tpm2.TPMAlgSHA256})},
-		Validation: tpm2.TPMTTKHashCheck{Tag: tpm2.TPMSTHashCheck, Hierarchy: tpm2.TPMRHNull},
-	}.Execute(k.device.link)
+func (k *Key) command(digest, message []byte, auth tpm2.Session) (*tpm2.TPMSSignatureECC, error) {
+	sig, err := k.journaled(digest, message, func() (*tpm2.TPMTSignature, error) {
+		rsp, err := tpm2.Sign{
+			KeyHandle:  tpm2.AuthHandle{Handle: k.handle.Handle, Name: k.handle.Name, Auth: auth},
+			Digest:     tpm2.TPM2BDigest{Buffer: digest},
+			InScheme:   tpm2.TPMTSigScheme{Scheme: tpm2.TPMAlgECDSA, Details: tpm2.NewTPMUSigScheme(tpm2.TPMAlgECDSA, &tpm2.TPMSSchemeHash{HashAlg: tpm2.TPMAlgSHA256})},
+			Validation: tpm2.TPMTTKHashCheck{Tag: tpm2.TPMSTHashCheck, Hierarchy: tpm2.TPMRHNull},
+		}.Execute(k.device.link)
+		if err != nil {
+			return nil, err
+		}
+		return &rsp.Signature, nil
+	})
 	if err != nil {
 		return nil, err
 	}
-	return rsp.Signature.Signature.ECDSA()
+	return sig.Signature.ECDSA()
 }

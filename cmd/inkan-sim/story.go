@@ -88,7 +88,7 @@ func (w *world) trade(ctx context.Context) error {
 	if w.keptJWS, err = w.run(ctx, "sign", "--socket", w.socket(), "--action", w.path("order.json"), "--new-id"); err != nil {
 		return err
 	}
-	out, err = w.run(ctx, "audit", "verify", "--log", w.path("state", "mm-07", "log.db"), "--ca", w.path("issuer", "ca.pem"))
+	out, err = w.run(ctx, "audit", "verify", "--log", w.path("state", "mm-07", "log.db"), "--ca", w.path("issuer", "ca.pem"), "--journal", w.path("state", "signatures.journal"))
 	if err != nil {
 		return err
 	}

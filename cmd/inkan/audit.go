@@ -12,6 +12,7 @@ import (
 
 	"inkan/audit"
 	"inkan/internal/strictjson"
+	"inkan/journal"
 	"inkan/scope"
 	"inkan/signer"
 )
@@ -24,7 +25,8 @@ func auditCommand(e *env) *cli.Command {
 		Name:  "audit",
 		Usage: "show, verify and export an agent's record, offline",
 		Subcommands: []*cli.Command{
-			{Name: "verify", Usage: "verify a record, or an export of one alone; exit code 4 when it does not verify", Flags: []cli.Flag{log, export, ca, jsonFlag()},
+			{Name: "verify", Usage: "verify a record, or an export of one alone; exit code 4 when it does not verify", Flags: []cli.Flag{log, export, ca, jsonFlag(),
+				&cli.StringFlag{Name: "journal", Usage: "with --log: the signer's `FILE` signatures.journal; then the TPM's testimony about its signatures is held against the record"}},
 				Action: func(c *cli.Context) error { return auditVerify(e, c) }},
 			{Name: "show", Usage: "show entries", Flags: []cli.Flag{log, jsonFlag(), &cli.StringFlag{Name: "id", Usage: "of the action with this `ID`"},
 				&cli.Uint64Flag{Name: "from", Value: 1, Usage: "first `NUMBER`"}, &cli.Uint64Flag{Name: "limit", Value: 100, Usage: "at most this `COUNT`"}},
@@ -94,7 +96,21 @@ func (e *env) check(c *cli.Context, o audit.VerifyOptions, copied io.Writer) ([]
 }
 
 func auditVerify(e *env, c *cli.Context) error {
-	reports, err := e.check(c, audit.VerifyOptions{}, io.Discard)
+	var options audit.VerifyOptions
+	var books *books
+	if path := c.String("journal"); path != "" {
+		if c.String("log") == "" {
+			return usage("--journal needs --log: a part of a record does not show all that was signed")
+		}
+		var err error
+		if books, err = openBooks(path, &options); err != nil {
+			return err
+		}
+	}
+	reports, err := e.check(c, options, io.Discard)
+	if err == nil && books != nil {
+		err = books.close(reports[0])
+	}
 	return e.tellVerified(c, reports, err)
 }
 
@@ -108,6 +124,14 @@ func unprovenExit(err error) error {
 
 // tellVerified prints how a verification ended.
 func (e *env) tellVerified(c *cli.Context, reports []*audit.Report, err error) error {
+	if x, ok := errors.AsType[*journal.Contradiction](err); ok {
+		if c.Bool("json") {
+			if err := e.printJSON(unverified{Rule: audit.Rule(x.Rule), Reason: x.Error()}); err != nil {
+				return err
+			}
+		}
+		return withCode(exitUnproven, err)
+	}
 	if u, ok := errors.AsType[*audit.Unproven](err); ok {
 		if c.Bool("json") {
 			if err := e.printJSON(unverified{Rule: u.Rule, Entry: u.Counter, Reason: u.Reason}); err != nil {

@@ -20,6 +20,7 @@ import (
 	"inkan/internal/attester"
 	"inkan/internal/durable"
 	"inkan/internal/keyuri"
+	"inkan/journal"
 	"inkan/signer"
 	"inkan/tpm"
 )
@@ -73,6 +74,7 @@ type host struct {
 	tokens map[string]crypto.Signer // action keys in a token, by agent
 	stats  map[string]func() signer.DeviceStatus
 	tls    map[string]*tpm.Key // TLS keys of agents in approver mode
+	audit  string              // on, or why the TPM does not testify to its signatures
 	closer []io.Closer
 }
 
@@ -180,7 +182,45 @@ func openHost(config *signer.Config) (*host, error) {
 	if err != nil {
 		return nil, err
 	}
-	return &host{config: config, dev: dev, issuer: attester.Issuer{URL: config.Issuer.URL, Roots: roots}, keys: make(map[string]*tpm.Key), tokens: make(map[string]crypto.Signer), tls: make(map[string]*tpm.Key), stats: make(map[string]func() signer.DeviceStatus), closer: []io.Closer{dev}}, nil
+	h := &host{config: config, dev: dev, issuer: attester.Issuer{URL: config.Issuer.URL, Roots: roots}, keys: make(map[string]*tpm.Key), tokens: make(map[string]crypto.Signer), tls: make(map[string]*tpm.Key), stats: make(map[string]func() signer.DeviceStatus), closer: []io.Closer{dev}}
+	if err := h.startAudit(); err != nil {
+		h.close()
+		return nil, err
+	}
+	return h, nil
+}
+
+// startAudit has the TPM testify to its signatures, and keeps a journal of them.
+func (h *host) startAudit() error {
+	if h.config.CommandAudit == signer.AuditOff {
+		h.audit = "off in the configuration"
+		return nil
+	}
+	if err := os.MkdirAll(h.config.StateDir, 0o700); err != nil {
+		return err
+	}
+	j, err := journal.Open(filepath.Join(h.config.StateDir, journal.FileName))
+	if err != nil {
+		return err
+	}
+	h.closer = append(h.closer, j)
+	err = h.dev.StartAudit(j)
+	if err == nil {
+		_, err = h.dev.Testify(nil)
+	}
+	if err != nil && h.config.CommandAudit == signer.AuditRequired {
+		return fmt.Errorf("command_audit: %w", err)
+	}
+	if h.audit = "on"; err != nil {
+		h.audit = err.Error()
+	}
+	return nil
+}
+
+// testify has the TPM say what it signed since the last time.
+func (h *host) testify() error {
+	_, err := h.dev.Testify(nil)
+	return err
 }
 
 // enrol runs one exchange for an agent and keeps its outcome.
@@ -297,7 +337,10 @@ func (h *host) credentials(ctx context.Context, agent string) (signer.Credential
 		return signer.Credentials{}, fmt.Errorf("agent %s: %w", agent, err)
 	}
 	h.keys[agent] = k
-	cred := signer.Credentials{Key: k, Chain: chain, Device: func() signer.DeviceStatus { return signer.DeviceStatus{Kind: "tpm"} }}
+	cred := signer.Credentials{Key: k, Chain: chain, Device: func() signer.DeviceStatus { return signer.DeviceStatus{Kind: "tpm", CommandAudit: h.audit} }}
+	if h.dev.Audited() {
+		cred.Testify = h.testify
+	}
 	if k.Mode() == attest.ModeApprover {
 		if cred.Approvers, err = h.approvers(agent, state, &policies); err != nil {
 			return signer.Credentials{}, fmt.Errorf("agent %s: %w", agent, err)

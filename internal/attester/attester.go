@@ -252,8 +252,19 @@ func (x *Exchange) collect(keys []crypto.Signer, binding []byte, ev *attest.Evid
 	if ev.Quote, err = dev.Quote(c.PCRs, q[:]); err != nil {
 		return err
 	}
-	if ev.PCRs, err = dev.ReadPCRs(c.PCRs); err != nil || c.Epoch == nil {
+	if ev.PCRs, err = dev.ReadPCRs(c.PCRs); err != nil {
 		return err
+	}
+	if dev.Audited() { // last: the requests above are among what was signed
+		q = attest.TestimonyQualifyingData(c.Session, c.Nonce, binding)
+		t, err := dev.Testify(q[:])
+		if err != nil {
+			return err
+		}
+		ev.Audit = &t
+	}
+	if c.Epoch == nil {
+		return nil
 	}
 	q = attest.EpochQualifyingData(c.Session, c.Nonce, binding)
 	epoch, err := dev.CertifyEpoch(q[:])

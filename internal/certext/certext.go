@@ -81,6 +81,8 @@ type Attestation struct {
 	KeyName string `json:"key_name,omitempty"`
 	// AuthPolicy is the authPolicy of the action key; empty for an HSM key.
 	AuthPolicy string `json:"auth_policy,omitempty"`
+	// AKName is the TPM Name of the attestation key that certified the host.
+	AKName string `json:"ak_name,omitempty"`
 	// EK says how the endorsement key was trusted: certified, pinned or none.
 	EK string `json:"ek"`
 	// Device is the inventory's id of the device.

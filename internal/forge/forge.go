@@ -37,9 +37,10 @@ type Device struct {
 	SRK    []byte // Qualified Name of the SRK
 	Keys   map[string]*ecdsa.PrivateKey
 	Epoch  uint64 // value of the epoch counter
+	Audit  uint64 // the audit counter; 0: it gives no testimony
 
 	// Change, if not nil, changes a structure before it is signed; kind is
-	// "quote", "epoch" or a key's purpose.
+	// "quote", "epoch", "audit" or a key's purpose.
 	Change func(kind string, s *tpm2.TPMSAttest)
 	// ChangeKey, if not nil, changes a key's public area before it is certified.
 	ChangeKey func(purpose string, p *tpm2.TPMTPublic)
@@ -198,6 +199,9 @@ func (d *Device) Evidence(c *attest.Challenge, binding []byte) (*attest.Evidence
 	}
 	ev.Quote, err = d.attest("quote", &tpm2.TPMSAttest{Type: tpm2.TPMSTAttestQuote, ExtraData: tpm2.TPM2BData{Buffer: q[:]},
 		Attested: tpm2.NewTPMUAttest(tpm2.TPMSTAttestQuote, &tpm2.TPMSQuoteInfo{PCRSelect: *sel, PCRDigest: tpm2.TPM2BDigest{Buffer: attest.PCRDigest(ev.PCRs)}})})
+	if err == nil && d.Audit > 0 {
+		err = d.testify(c, binding, ev)
+	}
 	if err != nil || c.Epoch == nil {
 		return ev, err
 	}
@@ -206,6 +210,16 @@ func (d *Device) Evidence(c *attest.Challenge, binding []byte) (*attest.Evidence
 		Attested: tpm2.NewTPMUAttest(tpm2.TPMSTAttestNV, &tpm2.TPMSNVCertifyInfo{IndexName: tpm2.TPM2BName{Buffer: attest.EpochName()}, NVContents: tpm2.TPM2BData{Buffer: attest.EpochOperand(d.Epoch)}})})
 	ev.Epoch = &epoch
 	return ev, err
+}
+
+// testify says that TPM2_Sign is audited, and that nothing was signed.
+func (d *Device) testify(c *attest.Challenge, binding []byte, ev *attest.Evidence) error {
+	commands := sha256.Sum256([]byte{0, 0, 1, 0x40, 0, 0, 1, 0x5d})
+	q := attest.TestimonyQualifyingData(c.Session, c.Nonce, binding)
+	t, err := d.attest("audit", &tpm2.TPMSAttest{Type: tpm2.TPMSTAttestCommandAudit, ExtraData: tpm2.TPM2BData{Buffer: q[:]},
+		Attested: tpm2.NewTPMUAttest(tpm2.TPMSTAttestCommandAudit, &tpm2.TPMSCommandAuditInfo{AuditCounter: d.Audit, DigestAlg: tpm2.TPMAlgSHA256, CommandDigest: tpm2.TPM2BDigest{Buffer: commands[:]}})})
+	ev.Audit = &t
+	return err
 }
 
 func (d *Device) key(c *attest.Challenge, want attest.KeyRequest, binding []byte) (*attest.KeyEvidence, error) {

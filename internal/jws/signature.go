@@ -72,9 +72,7 @@ func SignWith(key crypto.Signer, input []byte, opts crypto.SignerOpts) ([]byte, 
 		sum := sha256.Sum256(input)
 		return key.Sign(nil, sum[:], &rsa.PSSOptions{SaltLength: rsa.PSSSaltLengthEqualsHash, Hash: crypto.SHA256})
 	}
-	h := hash.New()
-	h.Write(input)
-	der, err := key.Sign(nil, h.Sum(nil), opts)
+	der, err := crypto.SignMessage(key, nil, input, opts) // a device may keep what it signed
 	if err != nil {
 		return nil, err
 	}
