@@ -40,8 +40,9 @@ type eventType struct {
 
 // facts is the registry.
 var facts = map[Kind]eventType{
-	EventKill:     {parseKill, true},
-	EventRecovery: {parseRecovery, false},
+	EventKill:        {parseKill, true},
+	EventRecovery:    {parseRecovery, false},
+	EventAcknowledge: {parseAcknowledge, false},
 }
 
 // Events lists the kinds of events, sorted.

@@ -261,10 +261,7 @@ func (b *Book) free(l *limit, u *counted, m *measure) time.Time {
 		}
 		return time.UnixMicro(l.span.end(first)).UTC()
 	case RuleCollarWindow:
-		if len(m.window.least) == 0 {
-			return time.Time{}
-		}
-		return time.UnixMicro(l.span.end(min(m.window.least[0].at, m.window.most[0].at))).UTC()
+		return l.freePrices(u, m)
 	}
 	if m.series == nil {
 		return time.Time{}
@@ -304,4 +301,27 @@ func (b *Book) free(l *limit, u *counted, m *measure) time.Time {
 		return time.Time{}
 	}
 	return time.UnixMicro(l.span.end(at)).UTC()
+}
+
+// freePrices is when what is too far away from the use's prices has left the window.
+func (l *limit) freePrices(u *counted, m *measure) time.Time {
+	far := func(low, high Decimal) bool {
+		w := running{least: []priced{{px: low}}, most: []priced{{px: high}}}
+		n, ok := w.spread(nil, u.Reference)
+		return !ok || n > l.count
+	}
+	if far(u.low, u.high) || len(m.window.least) == 0 {
+		return time.Time{}
+	}
+	var last int64 // of the prices that are too far away
+	for i := 0; i < walk && i < len(m.window.least) && far(m.window.least[i].px, u.high); i++ {
+		last = max(last, m.window.least[i].at)
+	}
+	for i := 0; i < walk && i < len(m.window.most) && far(u.low, m.window.most[i].px); i++ {
+		last = max(last, m.window.most[i].at)
+	}
+	if last == 0 { // those in the window are too far apart themselves, since the limit was wider
+		last = min(m.window.least[0].at, m.window.most[0].at)
+	}
+	return time.UnixMicro(l.span.end(last)).UTC()
 }
