@@ -27,6 +27,11 @@ const maxKey = 128
 func (b *Book) AppendBinary(out []byte) ([]byte, error) {
 	out = append(out, bookVersion)
 	out = binary.AppendUvarint(out, uint64(b.lasting))
+	unknown := int64(0)
+	if !b.unknown.IsZero() {
+		unknown = b.unknown.UnixMicro()
+	}
+	out = binary.AppendVarint(out, unknown)
 	out = b.all.appendBinary(out)
 	for _, m := range []map[string]*series{b.venues, b.currencies, b.instruments, b.strategies} {
 		out = binary.AppendUvarint(out, uint64(len(m)))
@@ -63,6 +68,9 @@ func (b *Book) UnmarshalBinary(data []byte) error {
 		return fmt.Errorf("book: version %d, this program knows %d", v[0], bookVersion)
 	}
 	fresh.lasting = Counter(r.uvarint())
+	if unknown := r.varint(); unknown != 0 {
+		fresh.unknown = time.UnixMicro(unknown).UTC()
+	}
 	r.series(&fresh.all)
 	for _, m := range []map[string]*series{fresh.venues, fresh.currencies, fresh.instruments, fresh.strategies} {
 		last := ""

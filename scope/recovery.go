@@ -116,7 +116,11 @@ func (b *Book) forgotten(s *Scope, u *Use) *Refusal {
 		if l.span.Window != (Window{}) {
 			free = time.UnixMicro(l.span.end(b.unknown.UnixMicro()))
 		}
-		if r := refuse(l.rule, key, free); r != nil {
+		rule := l.rule
+		if rule == RuleThrottle {
+			rule = RuleDisabled // for a time: no one execution was too many, so nobody needs to re-arm
+		}
+		if r := refuse(rule, key, free); r != nil {
 			return r
 		}
 	}
