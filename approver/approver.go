@@ -189,7 +189,7 @@ func (a *Approver) Decide(ctx context.Context, client *x509.Certificate, r *Requ
 	if err != nil {
 		return nil, err
 	}
-	if err := a.record.authorize(ctx, cred, entries, &entry{r.Statement, st}); err != nil {
+	if err := a.recorded(ctx, a.record.authorize(ctx, cred, entries, &entry{r.Statement, st})); err != nil {
 		return nil, err
 	}
 
@@ -219,7 +219,17 @@ func (a *Approver) Append(ctx context.Context, client *x509.Certificate, r *Requ
 	if err != nil {
 		return err
 	}
-	return a.record.authorize(ctx, cred, entries, nil)
+	return a.recorded(ctx, a.record.authorize(ctx, cred, entries, nil))
+}
+
+// recorded makes a refusal of a database's error, whose text is for the log alone.
+func (a *Approver) recorded(ctx context.Context, err error) error {
+	if _, refused := errors.AsType[*scope.Refusal](err); err == nil || refused {
+		return err
+	}
+	a.metrics.recordErrors.Inc()
+	a.log.ErrorContext(ctx, "the approver's record does not work", "error", err)
+	return refuse(RuleRecord, "the approver's record does not work; its log says why")
 }
 
 // credential verifies a chain, or finds it verified.

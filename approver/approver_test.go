@@ -26,7 +26,6 @@ import (
 	"inkan/approver"
 	"inkan/attest"
 	"inkan/internal/certext"
-	"inkan/internal/jws"
 	"inkan/internal/testca"
 	"inkan/scope"
 	"inkan/verify"
@@ -39,6 +38,7 @@ var policyRef = attest.PolicyRef("example.org")
 // desk is an approver, an agent's certificates, and the record of its signer.
 type desk struct {
 	ca       *testca.CA
+	name     string // of the agent
 	agent    *testca.Agent
 	client   *x509.Certificate // the agent's TLS certificate
 	key      *ecdsa.PrivateKey // the approver's
@@ -84,7 +84,7 @@ func config(t testing.TB, more string) *approver.Config {
 
 func newDesk(t testing.TB) *desk {
 	t.Helper()
-	d := &desk{ca: testca.New(t), key: newKey(t), revoked: make(map[string]bool), book: scope.NewBook()}
+	d := &desk{ca: testca.New(t), name: "mm-07", key: newKey(t), revoked: make(map[string]bool), book: scope.NewBook()}
 	d.agent = d.certify(t, nil)
 	d.client = d.tlsCertificate(t, d.agent.ID)
 	var err error
@@ -134,7 +134,7 @@ func (d *desk) certify(t testing.TB, change func(*certext.Attestation)) *testca.
 	if change != nil {
 		change(&a)
 	}
-	return d.ca.AgentWithKey(t, "mm-07", []byte(scopeJSON), k, func(c *x509.Certificate) {
+	return d.ca.AgentWithKey(t, d.name, []byte(scopeJSON), k, func(c *x509.Certificate) {
 		x, err := certext.AttestationExtension(a)
 		if err != nil {
 			t.Fatal(err)
@@ -145,10 +145,14 @@ func (d *desk) certify(t testing.TB, change func(*certext.Attestation)) *testca.
 
 func (d *desk) tlsCertificate(t testing.TB, id string) *x509.Certificate {
 	t.Helper()
-	a := d.ca.Agent(t, strings.TrimPrefix(id, "spiffe://example.org/agent/"), []byte(scopeJSON), func(c *x509.Certificate) {
+	return d.tlsAgent(t, id).Chain[0]
+}
+
+func (d *desk) tlsAgent(t testing.TB, id string) *testca.Agent {
+	t.Helper()
+	return d.ca.Agent(t, strings.TrimPrefix(id, "spiffe://example.org/agent/"), []byte(scopeJSON), func(c *x509.Certificate) {
 		c.SerialNumber, c.UnknownExtKeyUsage, c.ExtKeyUsage, c.ExtraExtensions = big.NewInt(mrand.Int64()), nil, []x509.ExtKeyUsage{x509.ExtKeyUsageClientAuth}, []pkix.Extension{}
 	})
-	return a.Chain[0]
 }
 
 func newID() string {
@@ -234,25 +238,7 @@ func (d *desk) decide(r *approver.Request) error {
 	if err != nil {
 		return err
 	}
-	return d.genuine(a, r)
-}
-
-// genuine checks that an authorization is for the command that signs what a
-// receiver will verify, and for no other.
-func (d *desk) genuine(a *attest.Authorization, r *approver.Request) error {
-	att, err := certext.ParseAttestation(d.agent.Chain[0])
-	if err != nil {
-		return err
-	}
-	name, err := hex.DecodeString(att.KeyName)
-	if err != nil {
-		return err
-	}
-	h, err := jws.NewHeader("ES256", d.agent.Chain, true)
-	if err != nil {
-		return err
-	}
-	return attest.VerifyAuthorization(d.area, a, r.Nonce, attest.SignCommandHash(name, sha256.Sum256(h.SigningInput(r.Statement))), policyRef)
+	return genuine(d.area, d.agent, a, r)
 }
 
 // refused fails the test unless the rule refuses.
@@ -639,7 +625,7 @@ func TestConfig(t *testing.T) {
 		"an agent twice":     strings.Replace(good, "[{name: mm-07}]", "[{name: a},{name: a}]", 1),
 		"an agent's name":    strings.Replace(good, "mm-07", "A/B", 1),
 		"no record":          strings.Replace(good, "record: r.db\n", "", 1),
-		"two records":        good + "database_file: x\n",
+		"a password's file":  good + "record_password_file: x\n",
 		"unknown member":     good + "approve_all: true\n",
 		"no revocation list": strings.Replace(good, "crl_url: http://x/crl\n", "", 1),
 		"old lists":          good + "max_revocation_age: 1000h\n",

@@ -18,19 +18,19 @@ const maxConfig = 256 << 10
 
 // Config is an approver's configuration file.
 type Config struct {
-	Listen           string        `json:"listen"`                        // host:port of the signers' API
-	MetricsListen    string        `json:"metrics_listen,omitempty"`      // host:port; empty: none
-	TrustDomain      string        `json:"trust_domain"`                  // of SPIFFE IDs
-	Key              string        `json:"key"`                           // URI of the key that authorizes
-	Certificate      string        `json:"certificate"`                   // PEM file of the TLS server, leaf first; read anew at each handshake
-	CertificateKey   string        `json:"certificate_key"`               // PEM file
-	CA               string        `json:"ca"`                            // PEM file with the issuer's CA certificate
-	CRL              string        `json:"crl_url"`                       // the issuer's revocation list
-	MaxRevocationAge string        `json:"max_revocation_age,omitempty"`  // 1h by default
-	MaxAttestation   string        `json:"max_attestation_age,omitempty"` // 24h by default
-	Record           string        `json:"record,omitempty"`              // file of this approver's own record
-	Database         string        `json:"database_file,omitempty"`       // file with the URL of a PostgreSQL database that several approvers share
-	AcceptReference  bool          `json:"accept_reference,omitempty"`    // believe the signer about reference prices
+	Listen           string        `json:"listen"`                         // host:port of the signers' API
+	MetricsListen    string        `json:"metrics_listen,omitempty"`       // host:port; empty: none
+	TrustDomain      string        `json:"trust_domain"`                   // of SPIFFE IDs
+	Key              string        `json:"key"`                            // URI of the key that authorizes
+	Certificate      string        `json:"certificate"`                    // PEM file of the TLS server, leaf first; read anew at each handshake
+	CertificateKey   string        `json:"certificate_key"`                // PEM file
+	CA               string        `json:"ca"`                             // PEM file with the issuer's CA certificate
+	CRL              string        `json:"crl_url"`                        // the issuer's revocation list
+	MaxRevocationAge string        `json:"max_revocation_age,omitempty"`   // 1h by default
+	MaxAttestation   string        `json:"max_attestation_age,omitempty"`  // 24h by default
+	Record           string        `json:"record"`                         // file of this approver's own record, or URL of the one that several share, see [OpenSharedRecord]
+	PasswordFile     string        `json:"record_password_file,omitempty"` // file with the password of the database's user
+	AcceptReference  bool          `json:"accept_reference,omitempty"`     // believe the signer about reference prices
 	Agents           []AgentConfig `json:"agents"`
 
 	maxRevocationAge, maxAttestation time.Duration
@@ -58,21 +58,25 @@ func ParseConfig(b []byte, dir string) (*Config, error) {
 }
 
 func (c *Config) validate(dir string) error {
-	for name, v := range map[string]string{"listen": c.Listen, "trust_domain": c.TrustDomain, "key": c.Key, "certificate": c.Certificate, "certificate_key": c.CertificateKey, "ca": c.CA, "crl_url": c.CRL} {
+	for name, v := range map[string]string{"listen": c.Listen, "trust_domain": c.TrustDomain, "key": c.Key, "certificate": c.Certificate, "certificate_key": c.CertificateKey, "ca": c.CA, "crl_url": c.CRL, "record": c.Record} {
 		if v == "" {
 			return fmt.Errorf("%s is missing", name)
 		}
-	}
-	if (c.Record == "") == (c.Database == "") {
-		return errors.New("give record, the file of an approver alone, or database_file, for a record that several share")
 	}
 	below := func(p *string) {
 		if *p != "" && !filepath.IsAbs(*p) {
 			*p = filepath.Join(dir, *p)
 		}
 	}
-	for _, p := range []*string{&c.Certificate, &c.CertificateKey, &c.CA, &c.Record, &c.Database} {
+	for _, p := range []*string{&c.Certificate, &c.CertificateKey, &c.CA, &c.PasswordFile} {
 		below(p)
+	}
+	if isShared(c.Record) {
+		if _, err := parsePostgres(c.Record); err != nil {
+			return err
+		}
+	} else if below(&c.Record); c.PasswordFile != "" {
+		return errors.New("record_password_file is for a record in PostgreSQL")
 	}
 	for _, d := range []struct {
 		name, text    string
@@ -121,7 +125,12 @@ func (c *Config) validate(dir string) error {
 }
 
 // OpenRecord opens the record that the configuration names. Close it.
-func (c *Config) OpenRecord(ctx context.Context) (*Record, error) { return OpenRecord(ctx, c.Record) }
+func (c *Config) OpenRecord(ctx context.Context) (*Record, error) {
+	if isShared(c.Record) {
+		return OpenSharedRecord(ctx, c.Record, c.PasswordFile)
+	}
+	return OpenRecord(ctx, c.Record)
+}
 
 // RevocationAge is how old a revocation list may be.
 func (c *Config) RevocationAge() time.Duration { return c.maxRevocationAge }

@@ -13,6 +13,8 @@ type metrics struct {
 	authorized *prometheus.CounterVec
 	refused    *prometheus.CounterVec
 	seconds    prometheus.Histogram
+
+	recordErrors prometheus.Counter
 }
 
 func newMetrics() *metrics {
@@ -22,7 +24,8 @@ func newMetrics() *metrics {
 		refused:    prometheus.NewCounterVec(prometheus.CounterOpts{Name: "inkan_approver_refused_total", Help: "requests that were refused, by rule"}, []string{"rule"}),
 		seconds:    prometheus.NewHistogram(prometheus.HistogramOpts{Name: "inkan_approver_request_seconds", Help: "one request, whatever its answer", Buckets: prometheus.ExponentialBuckets(0.0001, 2, 16)}),
 	}
-	m.registry.MustRegister(m.authorized, m.refused, m.seconds)
+	m.recordErrors = prometheus.NewCounter(prometheus.CounterOpts{Name: "inkan_approver_record_errors_total", Help: "requests that were refused since the record's database failed"})
+	m.registry.MustRegister(m.authorized, m.refused, m.seconds, m.recordErrors)
 	return m
 }
 

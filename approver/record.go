@@ -7,36 +7,17 @@ import (
 	"database/sql"
 	"errors"
 	"fmt"
-	"os"
+	"io"
+	"net"
 	"slices"
 	"strings"
 	"sync"
 	"time"
 
-	_ "modernc.org/sqlite" // the driver "sqlite"
+	"github.com/jackc/pgx/v5/pgconn"
 
 	"inkan/scope"
 )
-
-// The record is a copy of what each agent's signer wrote down, denials too,
-// and what was authorized of it. Both databases know these types.
-const schema = `
-CREATE TABLE IF NOT EXISTS agent(
-	agent    TEXT PRIMARY KEY,
-	size     BIGINT NOT NULL,           -- entries
-	previous BYTEA NOT NULL,            -- SHA-256 of the last one
-	time     BIGINT NOT NULL            -- of the last one, in microseconds since 1970
-);
-CREATE TABLE IF NOT EXISTS entry(
-	agent      TEXT NOT NULL,
-	counter    BIGINT NOT NULL,
-	statement  BYTEA NOT NULL,
-	time       BIGINT NOT NULL,
-	verdict    TEXT NOT NULL,           -- of the limits over time: permit, deny, unchecked, or a rule and a message
-	authorized BIGINT NOT NULL,         -- how often
-	PRIMARY KEY(agent, counter)
-);
-`
 
 // Verdicts of an entry. Anything else is a rule that refuses, a line end, and why.
 const (
@@ -60,31 +41,9 @@ type Record struct {
 // ledger is what is remembered of an agent's entries: those that a limit over
 // time can reach.
 type ledger struct {
-	mu   sync.Mutex // held for a whole transaction
-	size uint64
-	book *scope.Book // nil: to be read
-}
-
-// OpenRecord opens or makes the record of one approver in a file.
-func OpenRecord(ctx context.Context, path string) (*Record, error) {
-	db, err := sql.Open("sqlite", "file:"+path+"?_txlock=immediate&_pragma=journal_mode(WAL)&_pragma=synchronous(FULL)&_pragma=busy_timeout(5000)")
-	if err != nil {
-		return nil, err
-	}
-	db.SetMaxOpenConns(1)
-	r := &Record{db: db, agents: make(map[string]*ledger)}
-	if err = r.prepare(ctx); err == nil {
-		err = os.Chmod(path, 0o600)
-	}
-	if err != nil {
-		return nil, errors.Join(fmt.Errorf("opening the record %s: %w", path, err), db.Close())
-	}
-	return r, nil
-}
-
-func (r *Record) prepare(ctx context.Context) error {
-	_, err := r.db.ExecContext(ctx, schema)
-	return err
+	turn chan struct{} // holds one while a request is at work
+	seen head          // the end of the entries, as of the last commit that this approver saw
+	book *scope.Book   // counts the entries up to there; nil: to be read
 }
 
 // Close closes the record.
@@ -95,7 +54,7 @@ func (r *Record) ledger(agent string) *ledger {
 	defer r.mu.Unlock()
 	l := r.agents[agent]
 	if l == nil {
-		l = &ledger{}
+		l = &ledger{turn: make(chan struct{}, 1)}
 		r.agents[agent] = l
 	}
 	return l
@@ -131,7 +90,8 @@ func parseEntries(list [][]byte, agent string, now time.Time) ([]entry, error) {
 
 // authorize adds the entries that are new, checks the limits over time as of
 // the statement's place, and writes that the statement is authorized. It returns nil
-// after the commit. Without a statement it adds the entries alone.
+// after the commit. Without a statement it adds the entries alone. An error
+// that is no *scope.Refusal is the database's.
 func (r *Record) authorize(ctx context.Context, cred *credential, entries []entry, st *entry) error {
 	if st != nil {
 		if n := len(entries); n > 0 && st.st.Counter != entries[n-1].st.Counter+1 {
@@ -142,20 +102,42 @@ func (r *Record) authorize(ctx context.Context, cred *credential, entries []entr
 	if len(entries) == 0 {
 		return nil
 	}
+	ctx, cancel := context.WithTimeout(ctx, patience)
+	defer cancel()
 	l := r.ledger(cred.action.Agent)
-	l.mu.Lock()
-	defer l.mu.Unlock()
-	err := r.transact(ctx, l, cred, entries, st != nil)
-	if _, refused := errors.AsType[*scope.Refusal](err); err != nil && !refused {
-		return refuse(RuleRecord, "the approver's record does not work: %v", err)
+	select {
+	case l.turn <- struct{}{}:
+		defer func() { <-l.turn }()
+	case <-ctx.Done():
+		return fmt.Errorf("waiting for other requests of the agent: %w", ctx.Err())
 	}
-	return err
+	// After a restart of the database each connection of the pool may be a dead
+	// one, which shows when it is used.
+	for tries := 0; ; tries++ {
+		committing, err := r.transact(ctx, l, cred, entries, st != nil)
+		if err == nil || committing || !lost(err) || tries == maxConnections || ctx.Err() != nil {
+			return err
+		}
+	}
 }
 
-func (r *Record) transact(ctx context.Context, l *ledger, cred *credential, entries []entry, authorize bool) (err error) {
+// lost says whether a connection that had been made was found dead.
+func lost(err error) bool {
+	if _, ok := errors.AsType[*pgconn.ConnectError](err); ok {
+		return false // there is no server
+	}
+	if x, ok := errors.AsType[*pgconn.PgError](err); ok {
+		return x.Code == "57P01" || x.Code == "57P02" // it shuts down, or another of its processes crashed
+	}
+	_, network := errors.AsType[*net.OpError](err)
+	return network || pgconn.SafeToRetry(err) || errors.Is(err, io.EOF) || errors.Is(err, io.ErrUnexpectedEOF)
+}
+
+// transact is one attempt. committing: it is not known whether it was committed.
+func (r *Record) transact(ctx context.Context, l *ledger, cred *credential, entries []entry, authorize bool) (committing bool, err error) {
 	tx, err := r.db.BeginTx(ctx, nil)
 	if err != nil {
-		return err
+		return false, err
 	}
 	grown := false
 	defer func() {
@@ -171,53 +153,54 @@ func (r *Record) transact(ctx context.Context, l *ledger, cred *credential, entr
 	agent := cred.action.Agent
 	h, err := r.head(ctx, tx, agent)
 	if err != nil {
-		return err
+		return false, err
 	}
 	if err := l.catchUp(ctx, tx, agent, h); err != nil {
 		l.book = nil
-		return err
+		return false, err
 	}
 	if first := uint64(entries[0].st.Counter); first > h.size+1 {
-		return &scope.Refusal{Rule: RuleGap, Value: fmt.Sprint(h.size), Message: fmt.Sprintf("the approver has %d entries of this agent: entries %d to %d are missing", h.size, h.size+1, first-1)}
+		return false, &scope.Refusal{Rule: RuleGap, Value: fmt.Sprint(h.size), Message: fmt.Sprintf("the approver has %d entries of this agent: entries %d to %d are missing", h.size, h.size+1, first-1)}
 	}
-	verdict := ""
 	for i, e := range entries {
 		asked := authorize && i == len(entries)-1
+		var verdict string
 		if uint64(e.st.Counter) <= h.size {
 			if verdict, err = r.seen(ctx, tx, e); err != nil {
-				return err
+				return false, err
 			}
+		} else {
+			if err := h.follows(e); err != nil {
+				return false, err
+			}
+			if verdict = l.judge(e, cred); !asked || verdict == verdictPermit { // else nothing of the request stays
+				grown = true
+				l.replay(e.st, verdict)
+				if err := h.append(ctx, tx, agent, e, verdict); err != nil {
+					return false, err
+				}
+			}
+		}
+		if !asked {
 			continue
 		}
-		if err := h.follows(e); err != nil {
-			return err
-		}
-		if verdict = l.judge(e, cred); asked && verdict != verdictPermit {
-			break // nothing of the request stays
-		}
-		grown = true
-		l.replay(e.st, verdict)
-		h.size, h.previous, h.time = uint64(e.st.Counter), sha256.Sum256(e.bytes), e.st.Time.Time
-		l.size = h.size
-		if _, err := tx.ExecContext(ctx, "INSERT INTO entry(agent, counter, statement, time, verdict, authorized) VALUES($1, $2, $3, $4, $5, 0)",
-			agent, int64(e.st.Counter), e.bytes, e.st.Time.Time.UnixMicro(), verdict); err != nil {
-			return err
-		}
-	}
-	if authorize {
 		if refusal := refusalOf(verdict); refusal != nil {
-			return refusal
+			return false, refusal
 		}
-		if _, err := tx.ExecContext(ctx, "UPDATE entry SET authorized = authorized + 1 WHERE agent = $1 AND counter = $2", agent, int64(entries[len(entries)-1].st.Counter)); err != nil {
-			return err
+		if _, err := tx.ExecContext(ctx, "UPDATE entry SET authorized = authorized + 1 WHERE agent = $1 AND counter = $2", agent, int64(e.st.Counter)); err != nil {
+			return false, err
 		}
 	}
 	if grown {
 		if _, err := tx.ExecContext(ctx, "UPDATE agent SET size = $1, previous = $2, time = $3 WHERE agent = $4", int64(h.size), h.previous[:], h.time.UnixMicro(), agent); err != nil {
-			return err
+			return false, err
 		}
 	}
-	return tx.Commit()
+	if err := tx.Commit(); err != nil {
+		return true, err
+	}
+	l.seen = *h
+	return false, nil
 }
 
 // head is the end of an agent's entries.
@@ -230,35 +213,70 @@ type head struct {
 // head reads the agent's head and holds it until the transaction ends, so that
 // approvers that share the record take turns.
 func (r *Record) head(ctx context.Context, tx *sql.Tx, agent string) (*head, error) {
+	h, err := r.readHead(ctx, tx, agent)
+	if !errors.Is(err, sql.ErrNoRows) {
+		return h, err
+	}
 	if _, err := tx.ExecContext(ctx, "INSERT INTO agent(agent, size, previous, time) VALUES($1, 0, $2, 0) ON CONFLICT(agent) DO NOTHING", agent, make([]byte, 32)); err != nil {
 		return nil, err
 	}
-	query := "SELECT size, previous, time FROM agent WHERE agent = $1"
-	if r.postgres {
-		query += " FOR UPDATE"
-	}
+	return r.readHead(ctx, tx, agent)
+}
+
+func (r *Record) readHead(ctx context.Context, tx *sql.Tx, agent string) (*head, error) {
 	var h head
 	var previous []byte
 	var micros int64
-	if err := tx.QueryRowContext(ctx, query, agent).Scan(&h.size, &previous, &micros); err != nil {
+	commit, sync := "on", "on" // the file was opened so
+	query, to := "SELECT size, previous, time FROM agent WHERE agent = $1", []any{&h.size, &previous, &micros}
+	if r.postgres {
+		// The settings once more: what is between may have changed them.
+		query = "SELECT size, previous, time, current_setting('synchronous_commit'), current_setting('fsync') FROM agent WHERE agent = $1 FOR UPDATE"
+		to = append(to, &commit, &sync)
+	}
+	if err := tx.QueryRowContext(ctx, query, agent).Scan(to...); err != nil {
 		return nil, err
 	}
-	if copy(h.previous[:], previous) != 32 {
+	if copy(h.previous[:], previous) != 32 || len(previous) != 32 {
 		return nil, errors.New("the head's hash does not have 32 bytes")
 	}
 	h.time = time.UnixMicro(micros).UTC()
-	return &h, nil
+	return &h, durable(commit, sync)
+}
+
+// append writes an entry behind the head and moves the head.
+func (h *head) append(ctx context.Context, tx *sql.Tx, agent string, e entry, verdict string) error {
+	h.size, h.previous, h.time = uint64(e.st.Counter), sha256.Sum256(e.bytes), e.st.Time.Time
+	_, err := tx.ExecContext(ctx, "INSERT INTO entry(agent, counter, statement, time, verdict, authorized) VALUES($1, $2, $3, $4, $5, 0)",
+		agent, int64(e.st.Counter), e.bytes, e.st.Time.Time.UnixMicro(), verdict)
+	return err
 }
 
 // catchUp counts what other approvers wrote since, or at first all that is
 // young enough to count, and the events whose effect lasts. It reads backwards,
-// so a long record costs nothing.
+// so a long record costs nothing. A record that does not go on from what this
+// approver has seen of it is refused: an older state of it was put in its place.
 func (l *ledger) catchUp(ctx context.Context, tx *sql.Tx, agent string, h *head) error {
-	if l.book != nil && l.size == h.size {
+	back := func() error {
+		return refuse(RuleRecord, "the approver's record went back: this approver has seen %d entries of %.200s, now it has others or fewer; when it is known why, restart the approver", l.seen.size, agent)
+	}
+	switch {
+	case h.size < l.seen.size, h.size == l.seen.size && h.previous != l.seen.previous:
+		return back()
+	case h.size == l.seen.size && l.book != nil:
 		return nil
 	}
-	from := l.size + 1
-	if l.book == nil || l.size > h.size { // or an older copy of the record was put in its place
+	if h.size > l.seen.size && l.seen.size > 0 {
+		var j judged
+		if err := j.scan(tx.QueryRowContext(ctx, "SELECT statement, verdict FROM entry WHERE agent = $1 AND counter = $2", agent, int64(l.seen.size+1))); err != nil {
+			return err
+		}
+		if [32]byte(j.st.Previous) != l.seen.previous {
+			return back()
+		}
+	}
+	from := l.seen.size + 1
+	if l.book == nil {
 		l.book, from = scope.NewBook(), 1
 	}
 	rows, err := tx.QueryContext(ctx, "SELECT statement, verdict FROM entry WHERE agent = $1 AND counter >= $2 ORDER BY counter DESC", agent, int64(from))
@@ -274,6 +292,9 @@ func (l *ledger) catchUp(ctx context.Context, tx *sql.Tx, agent string, h *head)
 			return err
 		}
 		if len(recent) == 0 {
+			if uint64(j.st.Counter) != h.size || j.sum != h.previous {
+				return fmt.Errorf("the record of %.200s is damaged: its head is not that of its last entry", agent)
+			}
 			oldest = j.st.Time.Time.Add(-scope.MaxWindow)
 		} else if from == 1 && j.st.Time.Time.Before(oldest) && (recent[0].st.Open == 0 || j.st.Counter < recent[0].st.Open) {
 			break
@@ -283,6 +304,9 @@ func (l *ledger) catchUp(ctx context.Context, tx *sql.Tx, agent string, h *head)
 	if err := errors.Join(rows.Err(), rows.Close()); err != nil {
 		return err
 	}
+	if len(recent) == 0 && h.size > 0 {
+		return fmt.Errorf("the record of %.200s is damaged: entries are missing", agent)
+	}
 	if from == 1 && len(recent) > 0 {
 		if err := l.lasting(ctx, tx, agent, recent[0].st, recent[len(recent)-1].st.Counter); err != nil {
 			return err
@@ -291,13 +315,14 @@ func (l *ledger) catchUp(ctx context.Context, tx *sql.Tx, agent string, h *head)
 	for _, j := range slices.Backward(recent) {
 		l.replay(j.st, j.verdict)
 	}
-	l.size = h.size
+	l.seen = *h
 	return nil
 }
 
 // judged is an entry that was judged before.
 type judged struct {
 	st      *scope.Statement
+	sum     [32]byte
 	verdict string
 }
 
@@ -308,6 +333,7 @@ func (j *judged) scan(row interface{ Scan(...any) error }) error {
 	}
 	var err error
 	j.st, err = scope.ParseStatement(b)
+	j.sum = sha256.Sum256(b)
 	return err
 }
 

@@ -129,6 +129,15 @@ func (p *PostgreSQL) initialise(ctx context.Context) error {
 	if err := p.tool(ctx, "", "initdb", "--pgdata", p.data(), "--no-sync", "--encoding", "UTF8", "--locale", "C", "--username", "inkan", "--auth", "scram-sha-256", "--pwfile", p.passwordFile()); err != nil {
 		return err
 	}
+	conf, err := os.OpenFile(filepath.Join(p.data(), "postgresql.conf"), os.O_APPEND|os.O_WRONLY, 0)
+	if err != nil {
+		return err
+	}
+	// Dynamic shared memory is in the data directory, where nothing of it outlives a test.
+	_, err = conf.WriteString("fsync = on\nfull_page_writes = on\nsynchronous_commit = on\nmax_connections = 64\nshared_buffers = 16MB\ndynamic_shared_memory_type = mmap\n")
+	if err := errors.Join(err, conf.Close()); err != nil {
+		return err
+	}
 	return p.tool(ctx, "CREATE DATABASE inkan;\n", "postgres", "--single", "-D", p.data(), "template1")
 }
 
@@ -199,9 +208,7 @@ func (p *PostgreSQL) start() error {
 	if p.child != nil && p.child.running() {
 		return nil
 	}
-	args := append([]string{"-D", p.data(), "-k", p.Dir, "-c", "listen_addresses=", "-c", "fsync=on", "-c", "full_page_writes=on", "-c", "synchronous_commit=on",
-		"-c", "dynamic_shared_memory_type=mmap", // in the data directory, where nothing of it outlives the test
-		"-c", "shared_buffers=16MB", "-c", "max_connections=64"}, p.arguments...)
+	args := append([]string{"-D", p.data(), "-k", p.Dir, "-c", "listen_addresses="}, p.arguments...)
 	if err := p.unlockDead(); err != nil {
 		return err
 	}

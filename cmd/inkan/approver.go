@@ -51,7 +51,8 @@ func approverCommand(e *env) *cli.Command {
 			{Name: "init", Usage: "make an approver: its key, its TLS certificate, its configuration", Flags: []cli.Flag{
 				str("dir", "/var/lib/inkan-approver", "the approver's `DIRECTORY`"), str("trust-domain", "", "`NAME` of the trust domain"), str("ca", "", "PEM `FILE` with the issuer's CA certificate"),
 				str("crl-url", "", "`URL` of the issuer's revocation list"), str("listen", "127.0.0.1:8460", "`ADDRESS` for signers"), str("key", "", "key `URI` of a P-256 key, if not a new file"),
-				str("database-file", "", "`FILE` with the URL of a PostgreSQL database, for a record that several approvers share"),
+				str("record", "record.db", "`FILE` of its own record, or URL of a PostgreSQL database for one that several approvers share: postgres://user@host/database"),
+				str("record-password-file", "", "`FILE` with the password of the database's user"),
 				&cli.StringSliceFlag{Name: "server-name", Usage: "DNS `NAME` or address in the TLS certificate; localhost and 127.0.0.1 by default"},
 				&cli.StringSliceFlag{Name: "agent", Usage: "`NAME` of an agent that it answers"}, jsonFlag(),
 			}, Action: func(c *cli.Context) error { return approverInit(e, c) }},
@@ -122,12 +123,11 @@ func approverInit(e *env, c *cli.Context) error {
 	if err != nil {
 		return err
 	}
-	config := approver.Config{Listen: c.String("listen"), TrustDomain: domain, Key: uri, Certificate: "tls.pem", CertificateKey: "tls.key", CA: ca, CRL: crl, Record: "record.db"}
-	if f := c.String("database-file"); f != "" {
-		if f, err = filepath.Abs(f); err != nil {
+	config := approver.Config{Listen: c.String("listen"), TrustDomain: domain, Key: uri, Certificate: "tls.pem", CertificateKey: "tls.key", CA: ca, CRL: crl, Record: c.String("record")}
+	if f := c.String("record-password-file"); f != "" {
+		if config.PasswordFile, err = filepath.Abs(f); err != nil {
 			return err
 		}
-		config.Record, config.Database = "", f
 	}
 	for _, a := range c.StringSlice("agent") {
 		config.Agents = append(config.Agents, approver.AgentConfig{Name: a})
