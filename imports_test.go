@@ -44,6 +44,8 @@ var allowed = map[string][]string{
 	"tpm":                 {"attest", "github.com/foxboron/go-tpm-keyfiles", "github.com/google/go-tpm"},
 	"verify":              {"scope", "verify/source", "internal/certext", "internal/jws", "internal/problem", "golang.org/x/crypto", "modernc.org/sqlite"},
 	"verify/source":       {"scope", "github.com/oschwald/maxminddb-golang"},
+	"wire":                {"scope", "tpm", "internal/certext", "internal/keyuri"},
+	"wire/proxy":          {"scope", "wire", "internal/caller", "internal/problem", "internal/strictjson", "github.com/prometheus/client_golang"},
 	"verify/gate":         {"scope", "verify", "internal/problem", "internal/strictjson"},
 }
 
