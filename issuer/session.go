@@ -185,7 +185,9 @@ func (i *Issuer) challenge(ctx context.Context, d *Device, a *Agent) (*attest.Ch
 	default:
 		c.Keys = []attest.KeyRequest{{Purpose: attest.PurposeAction, Template: attest.KeyTemplate(auth[attest.ModeLocal])}}
 	}
-	if a.TLS || a.Approver { // approvers are reached with it
+	if a.TLSHSM {
+		c.Keys = append(c.Keys, attest.KeyRequest{Purpose: attest.PurposeTLS, Protection: attest.ProtectionHSM})
+	} else if a.TLS || a.Approver { // approvers are reached with it
 		c.Keys = append(c.Keys, attest.KeyRequest{Purpose: attest.PurposeTLS, Template: attest.KeyTemplate(auth[attest.ModeLocal])})
 	}
 	return c, nil

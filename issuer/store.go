@@ -43,7 +43,7 @@ CREATE TABLE agent(
 	name    TEXT PRIMARY KEY,
 	device  TEXT NOT NULL REFERENCES device(id),
 	scope   BLOB NOT NULL,               -- canonical JSON
-	tls     INTEGER NOT NULL,
+	tls     INTEGER NOT NULL,            -- a TLS key too: 1 in the TPM, 2 in an HSM
 	hsm     INTEGER NOT NULL,            -- the action key is in an HSM
 	approver INTEGER NOT NULL,           -- the action key is in approver mode
 	vendor  TEXT NOT NULL,               -- format of the evidence that an HSM's maker must give; empty: none
@@ -117,6 +117,7 @@ type Agent struct {
 	Device   string `json:"device"`
 	Scope    string `json:"scope"`             // JSON; canonical in output
 	TLS      bool   `json:"tls,omitzero"`      // wants a TLS certificate too
+	TLSHSM   bool   `json:"tls_hsm,omitzero"`  // likewise, with the TLS key in an HSM of the host
 	HSM      bool   `json:"hsm,omitzero"`      // its action key is in an HSM of the host, not in the TPM
 	Approver bool   `json:"approver,omitzero"` // its action key is in approver mode, and it has a TLS certificate
 	Status   string `json:"status,omitzero"`   // active, suspended, retired
@@ -357,6 +358,15 @@ func (s *store) addAgent(ctx context.Context, a Agent, now time.Time) error {
 	if a.HSM && a.Approver {
 		return fmt.Errorf("agent %.80s: %w: a key in an HSM cannot be in approver mode: only a TPM demands authorizations", a.Name, ErrInvalid)
 	}
+	tls := 0
+	switch {
+	case a.TLSHSM && a.Approver:
+		return fmt.Errorf("agent %.80s: %w: approvers know an agent by a TLS key in the TPM", a.Name, ErrInvalid)
+	case a.TLSHSM:
+		tls = 2
+	case a.TLS:
+		tls = 1
+	}
 	if err := a.validVendor(); err != nil {
 		return fmt.Errorf("agent %.80s: %w: %w", a.Name, ErrInvalid, err)
 	}
@@ -364,7 +374,7 @@ func (s *store) addAgent(ctx context.Context, a Agent, now time.Time) error {
 		return fmt.Errorf("agent name %.80q: %w: %s", a.Name, ErrInvalid, idRule)
 	}
 	return s.inTx(ctx, func(tx *sql.Tx) error {
-		_, err := tx.ExecContext(ctx, "INSERT INTO agent(name, device, scope, tls, hsm, approver, vendor, vendor_roots, status, created) VALUES(?, ?, ?, ?, ?, ?, ?, ?, ?, ?)", a.Name, a.Device, sc.Canonical(), a.TLS, a.HSM, a.Approver, a.Vendor, a.VendorRoots, Active, now.Unix())
+		_, err := tx.ExecContext(ctx, "INSERT INTO agent(name, device, scope, tls, hsm, approver, vendor, vendor_roots, status, created) VALUES(?, ?, ?, ?, ?, ?, ?, ?, ?, ?)", a.Name, a.Device, sc.Canonical(), tls, a.HSM, a.Approver, a.Vendor, a.VendorRoots, Active, now.Unix())
 		if err := constraint(err, "agent "+a.Name); err != nil {
 			return err
 		}
@@ -404,8 +414,9 @@ func (a *Agent) vendorRoots() *x509.CertPool {
 func scanAgent(row interface{ Scan(...any) error }) (*Agent, error) {
 	var a Agent
 	var sc []byte
-	err := row.Scan(&a.Name, &a.Device, &sc, &a.TLS, &a.HSM, &a.Approver, &a.Vendor, &a.VendorRoots, &a.Status)
-	a.Scope = string(sc)
+	var tls int
+	err := row.Scan(&a.Name, &a.Device, &sc, &tls, &a.HSM, &a.Approver, &a.Vendor, &a.VendorRoots, &a.Status)
+	a.Scope, a.TLS, a.TLSHSM = string(sc), tls == 1, tls == 2
 	return &a, err
 }
 

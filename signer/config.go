@@ -71,6 +71,7 @@ type ApproverConfig struct {
 type AgentConfig struct {
 	Name              string         `json:"name"`
 	Key               string         `json:"key,omitempty"`          // pkcs11: URI of the action key, if it is not in the TPM
+	TLSKey            string         `json:"tls_key,omitempty"`      // pkcs11: URI of the TLS key, if it is not in the TPM
 	KeyEvidence       string         `json:"key_evidence,omitempty"` // file with what the HSM's maker says of the key
 	Callers           []CallerConfig `json:"callers"`
 	StatementLifetime string         `json:"statement_lifetime,omitempty"`  // 30s by default, at most 5m
@@ -232,8 +233,13 @@ func (a *AgentConfig) validate(below func(*string)) error {
 		}
 		a.checkpoints = d
 	}
-	if a.Key != "" && !strings.HasPrefix(a.Key, "pkcs11:") {
-		return fmt.Errorf("key %.32q: a pkcs11: URI is expected; without one the key is in the TPM", a.Key)
+	for name, uri := range map[string]string{"key": a.Key, "tls_key": a.TLSKey} {
+		if uri != "" && !strings.HasPrefix(uri, "pkcs11:") {
+			return fmt.Errorf("%s %.32q: a pkcs11: URI is expected; without one the key is in the TPM", name, uri)
+		}
+	}
+	if a.Key != "" && a.Key == a.TLSKey {
+		return errors.New("key and tls_key are one key, two are expected")
 	}
 	if a.KeyEvidence != "" && a.Key == "" {
 		return errors.New("key_evidence is for a key in an HSM, which key names")

@@ -146,14 +146,16 @@ func (c *Config) protected() []string {
 		if a.ReferencePrices != "" {
 			out = append(out, a.ReferencePrices)
 		}
-		// RFC 7512: the PIN's file is in the query of the URI.
-		_, query, _ := strings.Cut(a.Key, "?")
-		for part := range strings.SplitSeq(query, "&") {
-			name, value, _ := strings.Cut(part, "=")
-			if path, err := url.PathUnescape(value); name == "pin-source" && err == nil {
-				path = strings.TrimPrefix(path, "file:")
-				if strings.HasPrefix(path, "/") {
-					out = append(out, path)
+		for _, uri := range []string{a.Key, a.TLSKey} {
+			// RFC 7512: the PIN's file is in the query of the URI.
+			_, query, _ := strings.Cut(uri, "?")
+			for part := range strings.SplitSeq(query, "&") {
+				name, value, _ := strings.Cut(part, "=")
+				if path, err := url.PathUnescape(value); name == "pin-source" && err == nil {
+					path = strings.TrimPrefix(path, "file:")
+					if strings.HasPrefix(path, "/") {
+						out = append(out, path)
+					}
 				}
 			}
 		}

@@ -7,6 +7,7 @@ import (
 	"errors"
 	"fmt"
 	"io"
+	"maps"
 	"os"
 	"path/filepath"
 	"runtime/debug"
@@ -71,7 +72,7 @@ type host struct {
 	dev    *tpm.Device
 	issuer attester.Issuer
 	keys   map[string]*tpm.Key      // action keys in the TPM, by agent
-	tokens map[string]crypto.Signer // action keys in a token, by agent
+	tokens map[string]crypto.Signer // keys in a token, by agent and purpose
 	stats  map[string]func() signer.DeviceStatus
 	tls    map[string]*tpm.Key // TLS keys of agents in approver mode
 	audit  string              // on, or why the TPM does not testify to its signatures
@@ -85,30 +86,49 @@ func (h *host) close() {
 	}
 }
 
-// external opens the agent's key in a token, if it has one there.
+// external opens the agent's keys in tokens, by purpose; nil if it has none there.
 func (h *host) external(ctx context.Context, agent string) (map[string]crypto.Signer, error) {
-	if k := h.tokens[agent]; k != nil {
-		return map[string]crypto.Signer{attest.PurposeAction: k}, nil
-	}
+	var out map[string]crypto.Signer
 	for _, a := range h.config.Agents {
-		if a.Name != agent || a.Key == "" {
+		if a.Name != agent {
 			continue
 		}
-		k, closer, err := keyuri.OpenSealed(a.Key, func(file []byte) ([]byte, error) { return h.unseal(ctx, agent, file) })
-		if err != nil {
-			return nil, fmt.Errorf("agent %s: %w", agent, err)
-		}
-		h.tokens[agent], h.closer = k, append(h.closer, closer)
-		if t, ok := closer.(*hsm.Token); ok {
-			h.stats[agent] = func() signer.DeviceStatus {
-				s := t.Stats()
-				return signer.DeviceStatus{Kind: "pkcs11", WorkerPID: s.WorkerPID, Generation: s.Generation, Sessions: s.Sessions, Breaker: s.Breaker,
-					Signatures: s.Signatures, Failures: s.Failures, LastError: s.LastError, LatencySeconds: s.Latency.Seconds()}
+		for purpose, uri := range map[string]string{attest.PurposeAction: a.Key, attest.PurposeTLS: a.TLSKey} {
+			if uri == "" {
+				continue
 			}
+			k, err := h.tokenKey(ctx, agent, purpose, uri)
+			if err != nil {
+				return nil, fmt.Errorf("agent %s: %s key: %w", agent, purpose, err)
+			}
+			if out == nil {
+				out = make(map[string]crypto.Signer)
+			}
+			out[purpose] = k
 		}
-		return map[string]crypto.Signer{attest.PurposeAction: k}, nil
 	}
-	return nil, nil
+	return out, nil
+}
+
+// tokenKey opens a key in a token once.
+func (h *host) tokenKey(ctx context.Context, agent, purpose, uri string) (crypto.Signer, error) {
+	name := agent + " " + purpose
+	if k := h.tokens[name]; k != nil {
+		return k, nil
+	}
+	k, closer, err := keyuri.OpenSealed(uri, func(file []byte) ([]byte, error) { return h.unseal(ctx, agent, file) })
+	if err != nil {
+		return nil, err
+	}
+	h.tokens[name], h.closer = k, append(h.closer, closer)
+	if t, ok := closer.(*hsm.Token); ok && purpose == attest.PurposeAction {
+		h.stats[agent] = func() signer.DeviceStatus {
+			s := t.Stats()
+			return signer.DeviceStatus{Kind: "pkcs11", WorkerPID: s.WorkerPID, Generation: s.Generation, Sessions: s.Sessions, Breaker: s.Breaker,
+				Signatures: s.Signatures, Failures: s.Failures, LastError: s.LastError, LatencySeconds: s.Latency.Seconds()}
+		}
+	}
+	return k, nil
 }
 
 // vouched adds what the HSM's maker says of the key, where there is such a file.
@@ -124,7 +144,9 @@ func (h *host) vouched(agent string, external map[string]crypto.Signer) (map[str
 		if len(b) > attest.MaxVendor {
 			return nil, fmt.Errorf("key_evidence %s: %d bytes, at most %d are allowed", a.KeyEvidence, len(b), attest.MaxVendor)
 		}
-		return map[string]crypto.Signer{attest.PurposeAction: attester.WithVendor(external[attest.PurposeAction], b)}, nil
+		out := maps.Clone(external)
+		out[attest.PurposeAction] = attester.WithVendor(external[attest.PurposeAction], b)
+		return out, nil
 	}
 	return external, nil
 }
@@ -246,12 +268,16 @@ func (h *host) enrol(ctx context.Context, agent string) ([]*x509.Certificate, ti
 		return nil, time.Time{}, err
 	}
 	var action []*x509.Certificate
-	if k := external[attest.PurposeAction]; k != nil {
-		if action, err = out.Chain(attest.PurposeAction, k.Public()); err != nil {
+	for purpose, k := range external {
+		chain, err := out.Chain(purpose, k.Public())
+		if err != nil {
 			return nil, time.Time{}, err
 		}
-		if err := state.SaveChain(attest.PurposeAction, action); err != nil {
+		if err := state.SaveChain(purpose, chain); err != nil {
 			return nil, time.Time{}, err
+		}
+		if purpose == attest.PurposeAction {
+			action = chain
 		}
 	}
 	for purpose, file := range out.Keys {
