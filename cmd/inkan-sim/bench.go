@@ -112,6 +112,7 @@ func (b *bench) run(name string, clients int, beside *measurement, f func(int) e
 // or tools of its own has a file of its own: bench_NAME.go.
 var sections = []section{
 	{"action", "a signed action, the key in swtpm, beside TPM2_Sign", (*bench).action},
+	{"approver", "a signed action in local mode and in approver mode, an approver over loopback, and the TPM commands of each", (*bench).approver},
 	{"verify", "a receiver beside ecdsa.Verify", (*bench).verify},
 	{"record", "the durable record alone", (*bench).record},
 	{"appraise", "the appraisal of evidence alone", (*bench).appraise},

@@ -1,6 +1,7 @@
 package main
 
 import (
+	"cmp"
 	"context"
 	"crypto/sha256"
 	"errors"
@@ -154,7 +155,7 @@ func (r *root) swapped(ctx context.Context) (bool, string, error) {
 // restartSigner starts the signer anew with the configuration as it should be now.
 func (w *world) restartSigner() error {
 	w.signer.stop()
-	if err := w.signerConfig(map[string]string{"mm-07": w.inkan}); err != nil {
+	if err := w.signerConfig(map[string]string{"mm-07": cmp.Or(w.caller, w.inkan)}); err != nil {
 		return err
 	}
 	return w.startSigner()

@@ -1,6 +1,7 @@
 package main
 
 import (
+	"cmp"
 	"context"
 	"encoding/json"
 	"errors"
@@ -52,7 +53,7 @@ func (w *world) bringUp(ctx context.Context) error {
 		return err
 	}
 	w.title("4. The signer makes its keys in the TPM, and has them certified after attestation")
-	if err := w.signerConfig(map[string]string{"mm-07": w.inkan}); err != nil {
+	if err := w.signerConfig(map[string]string{"mm-07": cmp.Or(w.caller, w.inkan)}); err != nil {
 		return err
 	}
 	if w.hsm != nil {

@@ -35,6 +35,9 @@ type world struct {
 	withFaults bool // a module that does harm on demand stands before the token's
 	faults     *simulator.FaultModule
 
+	caller        string // executable of the agent; empty: the inkan command
+	withoutEpochs bool   // with an approver, and approvals without an epoch
+
 	withApprover bool   // agents' keys are in approver mode, under approvals with an epoch
 	approverDir  string // of the approver whose TLS certificate the signer knows
 	epoch        uint64 // of the host
@@ -169,7 +172,7 @@ func (w *world) inventory(ctx context.Context) error {
 	if _, err := w.run(ctx, "issuer", "device", "add", "--dir", dir, "--id", "host1", "--ek-certificate", w.path("ek.pem"), "--ek-root", w.tpm.RootsFile(), "--ek-intermediate", w.tpm.IntermediatesFile()); err != nil {
 		return err
 	}
-	if w.withApprover {
+	if w.withApprover && !w.withoutEpochs {
 		out, err := w.run(ctx, "tpm", "epoch", "--tpm", w.tpm.Address)
 		if err != nil {
 			return err
@@ -185,8 +188,10 @@ func (w *world) inventory(ctx context.Context) error {
 		if err := w.approve(ctx, "with-approver", "--approver", w.path("approver", "approver.pub.pem")); err != nil {
 			return err
 		}
-		if err := w.demandEpoch(ctx); err != nil {
-			return err
+		if w.epoch > 0 {
+			if err := w.demandEpoch(ctx); err != nil {
+				return err
+			}
 		}
 	}
 	for _, a := range w.agents {
