@@ -223,6 +223,7 @@ func (s *Signer) handler() http.Handler {
 	mux.HandleFunc("GET /v1/status", s.asOperator(func(w http.ResponseWriter, r *http.Request) {
 		problem.JSON(w, http.StatusOK, s.status(r.Context()))
 	}))
+	mux.HandleFunc("POST /v1/acknowledgements", s.asOperator(s.acknowledge))
 	mux.HandleFunc("GET /v1/receipts/{id}", s.as(func(w http.ResponseWriter, r *http.Request, a *Agent) {
 		id := r.PathValue("id")
 		if b, err := base64.RawURLEncoding.DecodeString(id); err != nil || len(b) != 16 {
@@ -414,7 +415,8 @@ func (s *Signer) fail(w http.ResponseWriter, err error) {
 		if left := time.Until(r.FreeAt); !r.FreeAt.IsZero() && left > 0 {
 			w.Header().Set("Retry-After", fmt.Sprint(int64(left/time.Second)+1))
 		}
-		problem.Write(w, problem.Problem{Status: status, Title: "action refused", Detail: r.Message, Rule: string(r.Rule), Field: r.Field, Value: r.Value, Limit: r.Limit, Excess: r.Excess})
+		problem.Write(w, problem.Problem{Status: status, Title: "action refused", Detail: r.Message, Rule: string(r.Rule), Field: r.Field, Value: r.Value, Limit: r.Limit, Excess: r.Excess,
+			Key: r.Key, Used: r.Used, Left: r.Left, Block: string(r.Block), FreeAt: r.FreeAt})
 		return
 	}
 	if errors.Is(err, audit.ErrConflict) {

@@ -4,6 +4,7 @@ import (
 	"bytes"
 	"context"
 	"encoding/json"
+	"fmt"
 	"os"
 	"path/filepath"
 	"strings"
@@ -83,6 +84,32 @@ func TestScopeCommands(t *testing.T) {
 	code, out, errs = call("", "scope", "explain", "--scope", "../../examples/scope.yaml", "--action", big)
 	if code != exitRefused || !strings.Contains(out, "max_order_qty: the quantity is 5000, at most 1000 is allowed: 4000 too much") || !strings.Contains(out, "max_order_notional: ") {
 		t.Errorf("exit code %d: %s%s", code, out, errs)
+	}
+	// What was done before decides: a history, or a record.
+	limited := filepath.Join(t.TempDir(), "limited.yaml")
+	y, err := os.ReadFile("../../examples/scope.yaml")
+	if err != nil {
+		t.Fatal(err)
+	}
+	y = append(y, "\nmax_notional_per_window: [{currency: EUR, amount: \"30000\", window: {rolling_s: 60}}]\nmax_open_orders: {count: 1}\n"...)
+	if err := os.WriteFile(limited, y, 0o600); err != nil {
+		t.Fatal(err)
+	}
+	history := filepath.Join(t.TempDir(), "history.json")
+	if err := os.WriteFile(history, fmt.Appendf(nil, `{"steps":[{"at":"2026-07-27T09:30:00.000000Z","action":%s,"reference":{"instrument":"isin:FR0000120271","price":"61.24","currency":"EUR","source":"XPAR","time":"2026-07-27T09:30:00Z"}}]}`, b), 0o600); err != nil {
+		t.Fatal(err)
+	}
+	explain := []string{"scope", "explain", "--scope", limited, "--action", "../../examples/order.json", "--at", "2026-07-27T09:30:59.999999Z", "--history", history}
+	code, out, errs = call("", explain...)
+	if code != exitRefused || !strings.Contains(out, "max_notional_per_window: the sum of EUR in any 1m is 48992, at most 30000 is allowed: 24496 is used, 5504 is left") || !strings.Contains(out, "max_open_orders: 2 orders are open, at most 1 are allowed") {
+		t.Errorf("exit code %d: %s%s", code, out, errs)
+	}
+	explain[7] = "2026-07-27T09:31:00Z"
+	if code, out, _ = call("", explain...); code != exitRefused || strings.Contains(out, "max_notional_per_window") || !strings.Contains(out, "max_open_orders") {
+		t.Errorf("a minute later: exit code %d: %s", code, out)
+	}
+	if code, _, errs = call("", append(explain, "--log", history)...); code != exitUsage || !strings.Contains(errs, "one of them") {
+		t.Errorf("exit code %d: %s", code, errs)
 	}
 	code, out, _ = call("", "scope", "explain", "--scope", "../../examples/scope.yaml")
 	if code != 0 || !strings.Contains(out, "An order is worth at most 25000 EUR.") {

@@ -7,6 +7,7 @@ import (
 
 	"github.com/urfave/cli/v2"
 
+	"inkan/audit"
 	"inkan/internal/strictjson"
 	"inkan/scope"
 	"inkan/signer/client"
@@ -19,7 +20,9 @@ func scopeCommand(e *env) *cli.Command {
 	action := append([]cli.Flag{
 		&cli.StringFlag{Name: "action", Usage: "JSON `FILE` with an action"},
 		&cli.StringFlag{Name: "reference", Usage: "JSON `FILE` with a reference price"},
-		&cli.TimestampFlag{Name: "at", Layout: time.RFC3339, Usage: "`TIME` of the action, now by default"},
+		&cli.TimestampFlag{Name: "at", Layout: time.RFC3339Nano, Usage: "`TIME` of the action, now by default"},
+		&cli.StringFlag{Name: "history", Usage: "JSON `FILE` with what was done before, for limits over time: docs/scope.md"},
+		&cli.StringFlag{Name: "log", Usage: "`FILE` with an agent's record, for limits over time; it is not verified"},
 	}, sourceFlags()...)
 	return &cli.Command{
 		Name:  "scope",
@@ -87,6 +90,55 @@ func (e *env) readAction(c *cli.Context) (*scope.Action, scope.Env, error) {
 	return a, env, nil
 }
 
+// readBook sums up --history or --log; without them nothing was done before.
+func (e *env) readBook(c *cli.Context, s *scope.Scope) (*scope.Book, error) {
+	history, log := c.String("history"), c.String("log")
+	switch {
+	case history != "" && log != "":
+		return nil, usage("--history and --log: one of them says what was done before")
+	case history != "":
+		b, err := e.readInput(history, scope.MaxHistory)
+		if err != nil {
+			return nil, err
+		}
+		h, err := scope.ParseHistory(b)
+		if err != nil {
+			return nil, fmt.Errorf("%s: %w", history, err)
+		}
+		book, _, err := h.Play(s)
+		return book, err
+	}
+	book := scope.NewBook()
+	if log == "" {
+		return book, nil
+	}
+	snapshot, err := audit.OpenSnapshot(c.Context, log)
+	if err != nil {
+		return nil, err
+	}
+	defer snapshot.Close()
+	for entry, err := range snapshot.Entries(c.Context) {
+		if err != nil {
+			return nil, err
+		}
+		st, err := scope.ParseStatement(entry.Statement)
+		if err != nil {
+			return nil, fmt.Errorf("entry %d: %w", entry.Counter, err)
+		}
+		book.Replay(st)
+	}
+	return book, nil
+}
+
+// explainLimits lists the limits over time that refuse what the scope alone permits.
+func (e *env) explainLimits(c *cli.Context, s *scope.Scope, p *scope.Permit) ([]*scope.Refusal, error) {
+	book, err := e.readBook(c, s)
+	if err != nil {
+		return nil, err
+	}
+	return book.Explain(s, scope.UseOf(p, p.Env().Now)), nil
+}
+
 func scopeCheck(e *env, c *cli.Context) error {
 	s, err := e.readScope(c)
 	if err != nil {
@@ -102,6 +154,12 @@ func scopeCheck(e *env, c *cli.Context) error {
 	p, err := scope.Check(s, a, env)
 	if err == nil {
 		err = checkSource(c, s)
+	}
+	if err == nil {
+		var limits []*scope.Refusal
+		if limits, err = e.explainLimits(c, s, p); len(limits) > 0 {
+			err = limits[0]
+		}
 	}
 	if refusal, ok := errors.AsType[*scope.Refusal](err); err != nil && !ok {
 		return err
@@ -146,6 +204,13 @@ func scopeExplain(e *env, c *cli.Context) error {
 			return err
 		}
 		all = append(all, refusal)
+	}
+	if p, err := scope.Check(s, a, env); err == nil {
+		limits, err := e.explainLimits(c, s, p)
+		if err != nil {
+			return err
+		}
+		all = append(all, limits...)
 	}
 	if len(all) == 0 {
 		return e.show(c, map[string]any{"decision": "permit"}, func() { e.printf("allowed\n") })

@@ -4,6 +4,7 @@ package problem
 
 import (
 	"net/http"
+	"time"
 
 	"inkan/internal/strictjson"
 )
@@ -25,6 +26,13 @@ type Problem struct {
 	Value  string `json:"value,omitempty"`
 	Limit  string `json:"limit,omitempty"`
 	Excess string `json:"excess,omitempty"`
+
+	// Of limits over time:
+	Key    string    `json:"key,omitempty"` // what the limit is for, such as a currency
+	Used   string    `json:"used,omitempty"`
+	Left   string    `json:"left,omitempty"`
+	Block  string    `json:"block,omitempty"`  // soft: a second person can lift it for one action
+	FreeAt time.Time `json:"free_at,omitzero"` // before then it is refused again
 }
 
 func (p *Problem) Error() string {

@@ -97,6 +97,36 @@ func (c *Client) Get(ctx context.Context, path string, out any) error {
 	return c.call(ctx, http.MethodGet, path, nil, out)
 }
 
+// Acknowledged is the answer to an acknowledgement: the number of its entry in
+// the record, or what refused it.
+type Acknowledged struct {
+	Counter scope.Counter `json:"counter,omitzero"`
+	Rule    scope.Rule    `json:"rule,omitzero"`
+	Detail  string        `json:"detail,omitzero"`
+}
+
+// Acknowledge says, as an operator, which orders of an agent have ended. The
+// answers come in the order of the acknowledgements.
+func (c *Client) Acknowledge(ctx context.Context, agent string, list ...*scope.Acknowledgement) ([]Acknowledged, error) {
+	type one struct {
+		Venue   string          `json:"venue"`
+		ClOrdID string          `json:"ClOrdID"`
+		Status  scope.AckStatus `json:"status"`
+		Time    scope.Timestamp `json:"time"`
+	}
+	all := make([]one, len(list))
+	for i, k := range list {
+		all[i] = one{k.Venue, k.ClOrdID, k.Status, k.Time}
+	}
+	body, err := strictjson.Marshal(map[string]any{"agent": agent, "acknowledgements": all})
+	if err != nil {
+		return nil, err
+	}
+	var out []Acknowledged
+	err = c.call(ctx, http.MethodPost, "/v1/acknowledgements", body, &out)
+	return out, err
+}
+
 func (c *Client) call(ctx context.Context, method, path string, body []byte, out any) error {
 	req, err := http.NewRequestWithContext(ctx, method, c.base+path, bytes.NewReader(body))
 	if err != nil {
