@@ -46,6 +46,7 @@ var allowed = map[string][]string{
 	"verify/source":       {"scope", "github.com/oschwald/maxminddb-golang"},
 	"wire":                {"scope", "tpm", "internal/certext", "internal/keyuri"},
 	"wire/proxy":          {"scope", "wire", "internal/caller", "internal/problem", "internal/strictjson", "github.com/prometheus/client_golang"},
+	"verify/binding":      {"scope", "verify", "internal/strictjson"},
 	"verify/gate":         {"scope", "verify", "internal/problem", "internal/strictjson"},
 }
 

@@ -98,8 +98,8 @@ type Person struct {
 
 // Native binds the message that goes to the venue.
 type Native struct {
-	Format string `json:"fmt"`     // http-body
-	SHA256 string `json:"sha-256"` // of the message's bytes, lower-case hex
+	Format string `json:"fmt"`     // http-body, fix-body or ws-text
+	SHA256 string `json:"sha-256"` // of the bytes that the format names, lower-case hex
 }
 
 // ParseAction reads an action, strictly. Its error is always a *Refusal with
@@ -332,15 +332,21 @@ func (p *Party) validate() *Refusal {
 	return nil
 }
 
-// NativeHTTPBody is the format of a native message that is an HTTP request's body.
-const NativeHTTPBody = "http-body"
+// Formats of native messages: which bytes are signed for.
+const (
+	NativeHTTPBody = "http-body" // an HTTP request's body
+	NativeFIXBody  = "fix-body"  // a FIX message without the fields that engines rewrite
+	NativeWSText   = "ws-text"   // a WebSocket's text message
+)
+
+var natives = []string{NativeHTTPBody, NativeFIXBody, NativeWSText}
 
 func (n *Native) validate() *Refusal {
 	if n == nil {
 		return nil
 	}
-	if n.Format != NativeHTTPBody {
-		return malformed("native.fmt", "%s is expected", NativeHTTPBody)
+	if !slices.Contains(natives, n.Format) {
+		return malformed("native.fmt", "%s is not a format of native messages; the formats are %s", clipped(n.Format), join(natives))
 	}
 	if b, err := hex.DecodeString(n.SHA256); err != nil || len(b) != 32 || strings.ToLower(n.SHA256) != n.SHA256 {
 		return malformed("native.sha-256", "32 bytes in lower-case hex are expected")

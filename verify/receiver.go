@@ -115,7 +115,7 @@ type Verified struct {
 
 // Body is the native message that arrived with an action.
 type Body struct {
-	Format string // scope.NativeHTTPBody
+	Format string // scope.NativeHTTPBody and so on
 	SHA256 [32]byte
 }
 
@@ -123,6 +123,10 @@ type Body struct {
 type Arrival struct {
 	Body *Body      // the native message that arrived with it; nil: there is none
 	From netip.Addr // where it comes from; the zero value: not known, so a scope that names places refuses it
+	// Agrees says why the message that arrived says something else than the action
+	// (check 10); nil if it does not. It gets an action whose signature verified. A nil
+	// Agrees leaves that check to the caller.
+	Agrees func(*scope.Action) error
 }
 
 // Verify is [Receiver.VerifyArrival] of an action that comes from an address
@@ -183,6 +187,11 @@ func (r *Receiver) VerifyArrival(ctx context.Context, compact []byte, arrived Ar
 	}
 	if err := checkBody(st, arrived.Body); err != nil {
 		return nil, err
+	}
+	if arrived.Agrees != nil {
+		if err := arrived.Agrees(st.Action()); err != nil {
+			return nil, refuse(ReasonMessage, "%v", err)
+		}
 	}
 	if [32]byte(st.Decision.Scope) != cred.scope.Hash() {
 		return nil, refuse(ReasonPolicy, "the action was decided under the scope %x, the certificate has %x", st.Decision.Scope, cred.scope.Hash())

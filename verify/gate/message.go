@@ -134,3 +134,7 @@ func flatten(prefix string, tree map[string]any, into map[string]string) {
 		}
 	}
 }
+
+// Agrees compares a message that came by another way than HTTP, such as a
+// WebSocket's text, with the action that was signed for it, as a request's body is.
+func (r *Route) Agrees(a *scope.Action, message []byte) error { return r.agrees(a, nil, message) }
