@@ -22,7 +22,7 @@ const (
 	ReasonCounter     Reason = "counter"
 	ReasonStore       Reason = "replay_store"
 	ReasonBody        Reason = "body"
-	ReasonMessage     Reason = "message"
+	ReasonMismatch    Reason = "mismatch"
 	ReasonPolicy      Reason = "policy"
 	ReasonScope       Reason = "scope"
 	ReasonAttestation Reason = "attestation_age"
@@ -53,7 +53,7 @@ var Reasons = []struct {
 	{ReasonCounter, 8, "the action's counter was seen before, or is older than the window"},
 	{ReasonStore, 8, "the store of seen actions does not work"},
 	{ReasonBody, 9, "the message that arrived is not the one that was signed for"},
-	{ReasonMessage, 10, "the message says something else than the action that was signed"},
+	{ReasonMismatch, 10, "the message says something else than the action that was signed"},
 	{ReasonPolicy, 11, "the action was decided under another scope than the certificate's"},
 	{ReasonScope, 12, "the action is outside the scope in the certificate"},
 	{ReasonAttestation, 14, "the evidence behind the certificate is too old"},

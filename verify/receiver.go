@@ -190,7 +190,7 @@ func (r *Receiver) VerifyArrival(ctx context.Context, compact []byte, arrived Ar
 	}
 	if arrived.Agrees != nil {
 		if err := arrived.Agrees(st.Action()); err != nil {
-			return nil, refuse(ReasonMessage, "%v", err)
+			return nil, refuse(ReasonMismatch, "%v", err)
 		}
 	}
 	if [32]byte(st.Decision.Scope) != cred.scope.Hash() {

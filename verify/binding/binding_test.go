@@ -267,7 +267,7 @@ func TestFIX(t *testing.T) {
 	// A message that says what the action does not uses the action up no more than any other refusal.
 	lying := v.signed(t, newOrder, append(session, strings.Split(strings.Replace(strings.Join(order, "|"), "38=400", "38=4000", 1), "|")...)...)
 	for range 2 {
-		if _, err := accept(lying); reason(err) != verify.ReasonMessage {
+		if _, err := accept(lying); reason(err) != verify.ReasonMismatch {
 			t.Errorf("another order than was signed for: %v", err)
 		}
 	}
@@ -390,7 +390,7 @@ func TestText(t *testing.T) {
 	if err != nil {
 		t.Fatal(err)
 	}
-	if _, err := accept(frame); reason(err) != verify.ReasonMessage {
+	if _, err := accept(frame); reason(err) != verify.ReasonMismatch {
 		t.Errorf("another order than was signed for: %v", err)
 	}
 	// An action for one binding is of no use in another.
