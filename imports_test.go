@@ -37,7 +37,7 @@ var allowed = map[string][]string{
 	"internal/testca":     {"internal/certext"},
 	"issuer":              {"attest", "scope", "internal/certext", "internal/durable", "internal/problem", "internal/strictjson", "golang.org/x/crypto", "golang.org/x/time", "modernc.org/sqlite", "github.com/prometheus/client_golang"},
 	"journal":             {"attest", "internal/strictjson", "golang.org/x/sys"},
-	"scope":               {"internal/strictjson", "github.com/holiman/uint256"},
+	"scope":               {"internal/jws", "internal/strictjson", "github.com/holiman/uint256"},
 	"signer":              {"approver/client", "audit", "scope", "internal/caller", "internal/certext", "internal/durable", "internal/jws", "internal/problem", "internal/strictjson", "github.com/coreos/go-systemd/v22", "github.com/prometheus/client_golang", "golang.org/x/sys", "golang.org/x/time", "github.com/go-jose/go-jose/v4", "github.com/spiffe/go-spiffe/v2"},
 	"signer/client":       {"scope", "internal/problem", "internal/strictjson"},
 	"simulator":           {},

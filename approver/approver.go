@@ -171,11 +171,7 @@ func (a *Approver) Decide(ctx context.Context, client *x509.Certificate, r *Requ
 	}
 
 	// 3. The scope.
-	env := scope.Env{Now: st.Time.Time, AttestedAt: cred.action.Attestation.Time}
-	if a.config.AcceptReference {
-		env.Reference = st.ReferencePrice()
-	}
-	permit, err := scope.Check(cred.scope, st.Action(), env)
+	permit, err := scope.Check(cred.scope, st.Action(), a.env(st, cred))
 	if err != nil {
 		return nil, err
 	}
@@ -185,11 +181,11 @@ func (a *Approver) Decide(ctx context.Context, client *x509.Certificate, r *Requ
 
 	// 4. The record: its place after all that was seen of this agent, and the
 	// limits over time. When this returns, that it is authorized is on disk.
-	entries, err := parseEntries(r.Entries, cred.action.Agent, now)
+	entries, err := a.entries(r.Entries, cred, now)
 	if err != nil {
 		return nil, err
 	}
-	if err := a.recorded(ctx, a.record.authorize(ctx, cred, entries, &entry{r.Statement, st})); err != nil {
+	if err := a.recorded(ctx, a.record.authorize(ctx, cred, entries, &entry{r.Statement, st, permit})); err != nil {
 		return nil, err
 	}
 
@@ -204,6 +200,15 @@ func (a *Approver) Decide(ctx context.Context, client *x509.Certificate, r *Requ
 	return x, nil
 }
 
+// env is what a statement's action is checked against.
+func (a *Approver) env(st *scope.Statement, cred *credential) scope.Env {
+	env := st.Env(cred.action.Attestation.Time)
+	if !a.config.AcceptReference {
+		env.Reference = nil
+	}
+	return env
+}
+
 // Append takes entries of an agent's record that the approver has not seen, and
 // authorizes nothing.
 func (a *Approver) Append(ctx context.Context, client *x509.Certificate, r *Request) error {
@@ -215,7 +220,7 @@ func (a *Approver) Append(ctx context.Context, client *x509.Certificate, r *Requ
 	if err := a.current(ctx, client, cred, now); err != nil {
 		return err
 	}
-	entries, err := parseEntries(r.Entries, cred.action.Agent, now)
+	entries, err := a.entries(r.Entries, cred, now)
 	if err != nil {
 		return err
 	}

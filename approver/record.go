@@ -62,13 +62,15 @@ func (r *Record) ledger(agent string) *ledger {
 
 // entry is one that is looked at in a transaction.
 type entry struct {
-	bytes []byte
-	st    *scope.Statement
+	bytes  []byte
+	st     *scope.Statement
+	permit *scope.Permit // nil: it is none of the certificate's scope
 }
 
-// parseEntries reads entries that a signer sends, which must be one agent's and
+// entries reads entries that a signer sends, which must be one agent's and
 // consecutive.
-func parseEntries(list [][]byte, agent string, now time.Time) ([]entry, error) {
+func (a *Approver) entries(list [][]byte, cred *credential, now time.Time) ([]entry, error) {
+	agent := cred.action.Agent
 	out := make([]entry, 0, len(list)+1)
 	for _, b := range list {
 		x, err := scope.ParseStatement(b)
@@ -83,7 +85,11 @@ func parseEntries(list [][]byte, agent string, now time.Time) ([]entry, error) {
 		case n > 0 && x.Counter != out[n-1].st.Counter+1:
 			return nil, refuse(RuleGap, "entry %d follows entry %d", x.Counter, out[n-1].st.Counter)
 		}
-		out = append(out, entry{b, x})
+		e := entry{bytes: b, st: x}
+		if x.Decision.Decision == scope.DecisionPermit && x.Decision.Certificate == cred.sum {
+			e.permit, _ = scope.Check(cred.scope, x.Action(), a.env(x, cred)) // what it refuses is judged so
+		}
+		out = append(out, e)
 	}
 	return out, nil
 }
@@ -389,12 +395,15 @@ func (l *ledger) judge(e entry, cred *credential) (verdict string) {
 	case e.st.Decision.Certificate != cred.sum:
 		return verdictUnchecked
 	}
-	use := scope.UseOfStatement(e.st)
-	if refusal := l.book.Check(cred.scope, use); refusal != nil {
+	if e.permit == nil {
+		return string(RuleStatement) + "\nit is outside the scope of its certificate"
+	}
+	out, refusal := l.book.Decide(e.permit, e.st.Time.Time)
+	if refusal != nil {
 		return string(refusal.Rule) + "\n" + refusal.Message
 	}
-	if !slices.Equal(l.book.Utilisation(cred.scope, use), e.st.Decision.Utilisation) {
-		return string(RuleUsage) + "\nit states another use of its limits than the entries before it lead to"
+	if !e.st.States(out) {
+		return string(RuleUsage) + "\nit states another policy, or another use of its limits, than the entries before it lead to"
 	}
 	return verdictPermit
 }

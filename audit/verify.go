@@ -9,7 +9,6 @@ import (
 	"fmt"
 	"iter"
 	"runtime"
-	"slices"
 	"sync"
 	"time"
 
@@ -188,6 +187,7 @@ type job struct {
 	statement *scope.Statement
 	cert      *certificate
 	start     *scope.StartDocument
+	permit    *scope.Permit // nil: the entry is no permit
 	err       error
 	done      chan struct{}
 }
@@ -325,12 +325,12 @@ func (v *verification) next(j *job) error {
 			return unproven(RuleEvent, n, "the event may not stand there: %v", refusal)
 		}
 	case scope.DecisionPermit:
-		use := scope.UseOfStatement(st)
-		if refusal := v.book.Check(j.cert.scope, use); refusal != nil {
+		out, refusal := v.book.Decide(j.permit, st.Time.Time)
+		if refusal != nil {
 			return unproven(RuleScope, n, "it is out of scope: %v", refusal)
 		}
-		if got := v.book.Utilisation(j.cert.scope, use); !slices.Equal(got, st.Decision.Utilisation) {
-			return unproven(RuleUtilisation, n, "it states another utilisation of its limits than the entries before it lead to")
+		if !st.States(out) {
+			return unproven(RuleUtilisation, n, "it states another policy, or another utilisation of its limits, than the entries before it lead to")
 		}
 	}
 	v.book.Replay(st)
@@ -538,14 +538,14 @@ func (v *verification) signed(j *job) error {
 	if at := st.Time.Time; at.Before(crt.NotBefore) || at.After(crt.NotAfter) {
 		return fail(RuleTime, "the statement is from %s, outside the life of its certificate", at.Format(time.RFC3339))
 	}
-	env := scope.Env{Now: st.Time.Time, AttestedAt: c.action.Attestation.Time, Reference: st.ReferencePrice(), Run: st.Run}
-	permit, err := scope.Check(c.scope, st.Action(), env)
+	permit, err := scope.Check(c.scope, st.Action(), st.Env(c.action.Attestation.Time))
 	if err != nil {
 		return fail(RuleScope, "it is out of scope: %v", err)
 	}
 	if !st.StatesNotional(permit) {
 		return fail(RuleScope, "it states another notional than its order has")
 	}
+	j.permit = permit
 	if j.entry.JWS == "" {
 		return nil
 	}

@@ -512,23 +512,29 @@ func (l *Log) statement(r *request, head Head) (b []byte, s *scope.Statement, er
 		}
 	}
 	if r.permit != nil && r.refusal == nil {
-		u := scope.UseOf(r.permit, at)
-		if refusal := l.book.Check(r.permit.Scope(), u); refusal != nil {
-			r.refusal = refusal
-		} else {
-			s.Decision.Utilisation = l.book.Utilisation(r.permit.Scope(), u)
-			if n, ccy, ok := r.permit.Notional(); ok {
-				s.Decision.Notional = &scope.Amount{Amount: n, Currency: ccy}
-			}
+		out, refusal := l.book.Decide(r.permit, at)
+		if r.refusal = refusal; refusal == nil {
+			r.state(s, out)
 		}
 	}
 	if r.refusal != nil {
 		s.Decision.Decision, s.Decision.Rule, s.Decision.Key, s.Decision.Message = scope.DecisionDeny, r.refusal.Rule, r.refusal.Key, r.refusal.Message
-	} else if ref := r.permit.UsedReference(); ref != nil {
-		s.Decision.Reference = &scope.Reference{Price: ref.Price, Currency: ref.Currency, Source: ref.Source, Time: scope.Timestamp{Time: ref.Time.UTC().Truncate(time.Microsecond)}}
 	}
 	b, err = s.Marshal()
 	return b, s, err
+}
+
+// state writes into a statement what its permit was checked against.
+func (r *request) state(s *scope.Statement, out *scope.Grounds) {
+	s.Authorized = r.permit.Env().Authorizations
+	d := &s.Decision
+	d.Utilisation, d.Policy = out.Utilisation, out.Policy
+	if n, ccy, ok := r.permit.Notional(); ok {
+		d.Notional = &scope.Amount{Amount: n, Currency: ccy}
+	}
+	if ref := out.Reference; ref != nil {
+		d.Reference = &scope.Reference{Price: ref.Price, Currency: ref.Currency, Source: ref.Source, Time: scope.Timestamp{Time: ref.Time.UTC().Truncate(time.Microsecond)}}
+	}
 }
 
 // event makes the statement that of an event, if that may follow the entries there are.

@@ -55,6 +55,9 @@ type Book struct {
 	lasting Counter      // the last entry whose effect lasts
 	kills   []ActiveKill // in force
 	unknown time.Time    // of the last recovery: what was done before is not all known
+
+	policy   *Policy // in effect, expired or not
+	narrowed narrowed
 }
 
 // trip is when a throttle disabled something: its refusal is the entry.
@@ -104,9 +107,6 @@ func (b *Book) Check(s *Scope, u Use) *Refusal {
 	if u.Kind.reducesRisk() {
 		return nil
 	}
-	if r := b.killed(u.Kind, u.Audience); r != nil {
-		return r
-	}
 	if r := b.forgotten(s, &u); r != nil {
 		return r
 	}
@@ -124,13 +124,14 @@ func (b *Book) Check(s *Scope, u Use) *Refusal {
 			continue
 		}
 		m := b.measure(l, key, &c, c.t, false)
-		if !l.exceeded(&m) {
-			if r := b.refusesName(l, &c); r != nil {
+		if l.exceeded(&m) {
+			if r := lift(u.lifts, b.refusal(l, key, &c, &m)); r != nil {
 				return r
 			}
-			continue
 		}
-		return b.refusal(l, key, &c, &m)
+		if r := b.refusesName(l, &c); r != nil {
+			return r
+		}
 	}
 	return nil
 }

@@ -13,6 +13,9 @@ type Env struct {
 	Reference  *ReferencePrice // for the action's instrument; nil: there is none
 	AttestedAt time.Time       // when the evidence behind the certificate was appraised
 	Run        *Run            // how the process that asks was started; nil: not under confinement
+
+	Agent          string   // SPIFFE ID; needed where there are authorizations
+	Authorizations []string // what controllers signed for this action: [Authorization]
 }
 
 // Permit shows that Check allowed an action. Only Check makes one; the zero
@@ -23,6 +26,7 @@ type Permit struct {
 	env      Env
 	notional Decimal
 	currency string
+	lifts    []Rule // that were authorized
 }
 
 // Valid says whether Check made p.
@@ -56,12 +60,20 @@ func (p *Permit) Notional() (amount Decimal, currency string, ok bool) {
 // order in which rules are declared in this package and stops at the first
 // that refuses. Its error is always a *[Refusal].
 func Check(s *Scope, a *Action, env Env) (*Permit, error) {
+	p, r := check(s, a, env)
+	if r != nil {
+		return nil, r
+	}
+	return p, nil
+}
+
+func check(s *Scope, a *Action, env Env) (*Permit, *Refusal) {
 	p, r := begin(s, a, env)
 	if r != nil {
 		return nil, r
 	}
 	for _, rule := range rules {
-		if r := rule(p); r != nil {
+		if r := lift(p.lifts, rule(p)); r != nil {
 			return nil, r
 		}
 	}
@@ -77,7 +89,7 @@ func Explain(s *Scope, a *Action, env Env) []*Refusal {
 	}
 	var all []*Refusal
 	for _, rule := range rules {
-		if r := rule(p); r != nil {
+		if r := lift(p.lifts, rule(p)); r != nil {
 			all = append(all, r)
 		}
 	}
@@ -93,7 +105,8 @@ func begin(s *Scope, a *Action, env Env) (*Permit, *Refusal) {
 	case env.Now.IsZero():
 		return nil, &Refusal{Rule: RuleTradingWindow, Message: "the time of the action is not known"}
 	}
-	return &Permit{action: a, scope: s, env: env}, nil
+	p := &Permit{action: a, scope: s, env: env}
+	return p, p.authorize()
 }
 
 // rules in the order of the Rule constants. Each looks at what the scope says
@@ -113,6 +126,7 @@ var rules = [...]func(*Permit) *Refusal{
 	(*Permit).checkTIF,
 	(*Permit).checkQty,
 	(*Permit).checkNotional,
+	(*Permit).checkApproval,
 	(*Permit).checkCollar,
 }
 
@@ -307,7 +321,7 @@ func (p *Permit) checkQty() *Refusal {
 		qty   *Decimal
 	}{{"ord.OrderQty", o.OrderQty}, {"ord.BidSize", o.BidSize}, {"ord.OfferSize", o.OfferSize}} {
 		if q.qty != nil && q.qty.Cmp(limit.Qty) > 0 {
-			return exceeds(RuleOrderQty, q.field, "the quantity", *q.qty, limit.Qty, "")
+			return exceeds(RuleOrderQty, q.field, "the quantity", *q.qty, limit.Qty, "").of(limit.Block)
 		}
 	}
 	if o.CashOrderQty != nil {
@@ -351,10 +365,10 @@ func (p *Permit) checkNotional() *Refusal {
 		return &Refusal{Rule: RuleOrderNotional, Field: "ord.Currency", Value: currency,
 			Message: fmt.Sprintf("max_order_notional has no entry for %s", currency)}
 	}
-	if n.Cmp(limit.Amount) > 0 {
-		return exceeds(RuleOrderNotional, field, "the notional", n, limit.Amount, currency)
-	}
 	p.notional, p.currency = n, currency
+	if n.Cmp(limit.Amount) > 0 {
+		return exceeds(RuleOrderNotional, field, "the notional", n, limit.Amount, currency).of(limit.Block)
+	}
 	return nil
 }
 
@@ -414,8 +428,9 @@ func (p *Permit) checkCollar() *Refusal {
 		}
 		priced = true
 		if !withinBps(*f.px, ref.Price, c.BPS) {
-			return &Refusal{Rule: RuleCollar, Field: f.field, Value: f.px.String(), Limit: fmt.Sprint(c.BPS),
+			r := &Refusal{Rule: RuleCollar, Field: f.field, Value: f.px.String(), Limit: fmt.Sprint(c.BPS),
 				Message: fmt.Sprintf("%s %s is more than %d basis points away from the reference %s", f.field, f.px, c.BPS, ref.Price)}
+			return r.of(c.Block)
 		}
 	}
 	if !priced {

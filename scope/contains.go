@@ -43,6 +43,8 @@ func Contains(outer, inner *Scope) error {
 		containsDestinations(o.Destinations, i.Destinations),
 		sources(o, i),
 		containsOS(o.OS, i.OS),
+		containsApproval(o, i),
+		containsControllers(o.Controllers, i.Controllers),
 	} {
 		if w != nil {
 			return w

@@ -51,6 +51,9 @@ func (s *Scope) Describe() []string {
 	for _, m := range d.OrderNotional {
 		add("An order is worth at most %s %s%s.", m.Amount, m.Currency, m.Block.describe())
 	}
+	for _, m := range d.Approval {
+		add("Above %s %s an order needs the approval of a person.", m.Amount, m.Currency)
+	}
 	for _, q := range d.OrderQty {
 		what := q.Instrument
 		if what == "*" && len(d.OrderQty) == 1 {
@@ -139,6 +142,9 @@ func (s *Scope) Describe() []string {
 	}
 	if d.OS != nil {
 		d.OS.describe(add)
+	}
+	for _, c := range d.Controllers {
+		add("Controller %s may: %s.", c.Name, join(c.May))
 	}
 	return out
 }

@@ -41,6 +41,8 @@ type eventType struct {
 // facts is the registry.
 var facts = map[Kind]eventType{
 	EventKill:        {parseKill, true},
+	EventPolicy:      {parsePolicyFact, true},
+	EventRearm:       {parseRearmFact, true},
 	EventRecovery:    {parseRecovery, false},
 	EventAcknowledge: {parseAcknowledge, false},
 }

@@ -1,20 +1,30 @@
 package scope
 
 import (
+	"crypto"
 	"errors"
 	"fmt"
+	"slices"
 	"strings"
+	"time"
 
 	"inkan/internal/strictjson"
 )
 
 // Events of the kill function (RTS 6, Article 12).
 const (
-	EventKill Kind = "control.kill"
+	EventKill  Kind = "control.kill"
+	EventRearm Kind = "control.rearm"
 )
 
-// RuleKill refuses everything but cancels while a kill is in force.
-const RuleKill Rule = "kill"
+// TypeRearm is the typ of a document that ends a kill.
+const TypeRearm = "agent-rearm+jws"
+
+// Rules of the kill function.
+const (
+	RuleKill         Rule = "kill"          // a kill is in force, and this is no cancel
+	RuleRearmUnknown Rule = "rearm_unknown" // nothing that this entry stopped is stopped now
+)
 
 // KillScope says what a kill stops.
 type KillScope string
@@ -79,21 +89,6 @@ func parseKill(text string) (fact, error) {
 	return &k, k.Validate()
 }
 
-// canonicalDocument reads JSON that must be in its one spelling.
-func canonicalDocument(b []byte, max int, v any) error {
-	if err := strictjson.Unmarshal(b, max, v); err != nil {
-		return err
-	}
-	again, err := strictjson.Marshal(v)
-	if err != nil {
-		return err
-	}
-	if string(again) != string(b) {
-		return errors.New("it is not in canonical form (RFC 8785)")
-	}
-	return nil
-}
-
 // admits: whoever stops something may always do so.
 func (*Kill) admits(*Book, *Scope, *Statement) *Refusal { return nil }
 
@@ -125,4 +120,70 @@ func (b *Book) killed(kind Kind, venue string) *Refusal {
 		}
 	}
 	return nil
+}
+
+// maxRearmLife bounds how long a re-arm document is valid.
+const maxRearmLife = 24 * time.Hour
+
+// Rearm ends one kill, or what one refusal by the throttle disabled. It names the
+// number of that entry, so it is used once.
+type Rearm struct {
+	validity
+	Entry  Counter `json:"entry"`
+	Reason string  `json:"reason"`
+
+	signed *signed
+}
+
+func (r *Rearm) validate() error {
+	switch {
+	case r.Entry == 0:
+		return errors.New("entry: the number of the kill in the record, or of the throttle's refusal, is expected")
+	case !validSentence(r.Reason):
+		return fmt.Errorf("reason: 1 to %d bytes of printable text are expected", maxReason)
+	}
+	return r.validity.validate(maxRearmLife)
+}
+
+// SignRearm has a controller's key sign that what an entry stopped goes on.
+func SignRearm(key crypto.Signer, agent string, entry Counter, reason string, issued, expires time.Time) (string, error) {
+	r := &Rearm{validity: validity{agent, issued, expires}, Entry: entry, Reason: reason}
+	if err := r.validate(); err != nil {
+		return "", fmt.Errorf("re-arm: %w", err)
+	}
+	return signDocument(key, TypeRearm, r)
+}
+
+// ParseRearm reads a re-arm document. Its signature is not verified.
+func ParseRearm(text string) (*Rearm, error) {
+	var r Rearm
+	d, err := parseSigned(text, TypeRearm, 2<<10, &r)
+	if err != nil {
+		return nil, fmt.Errorf("re-arm: %w", err)
+	}
+	r.signed = d
+	if err := r.validate(); err != nil {
+		return nil, fmt.Errorf("re-arm: %w", err)
+	}
+	return &r, nil
+}
+
+func parseRearmFact(text string) (fact, error) { return ParseRearm(text) }
+
+func (r *Rearm) admits(b *Book, s *Scope, st *Statement) *Refusal {
+	if _, refusal := r.signed.by(s, MayRearm); refusal != nil {
+		return refusal
+	}
+	if refusal := r.holds(st.Agent, st.Time.Time); refusal != nil {
+		return refusal
+	}
+	if !slices.ContainsFunc(b.kills, func(k ActiveKill) bool { return k.Event == r.Entry }) && !b.tripped(r.Entry) {
+		return &Refusal{Rule: RuleRearmUnknown, Value: fmt.Sprint(r.Entry), Message: fmt.Sprintf("entry %d is no kill that is in force, and no refusal of a throttle that is", r.Entry)}
+	}
+	return nil
+}
+
+func (r *Rearm) apply(b *Book, _ *Statement) {
+	b.kills = slices.DeleteFunc(slices.Clone(b.kills), func(k ActiveKill) bool { return k.Event == r.Entry })
+	b.enable(r.Entry)
 }

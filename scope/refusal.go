@@ -70,7 +70,7 @@ type Refusal struct {
 	Key   string `json:"key,omitempty"`   // what the limit is for: a currency, an instrument, a venue or an algorithm
 	Used  string `json:"used,omitempty"`  // before the action
 	Left  string `json:"left,omitempty"`  // what may still be used
-	Block Block  `json:"block,omitempty"` // soft: a second person can lift it for one order
+	Block Block  `json:"block,omitempty"` // of any limit: soft if a second person can lift it for one order
 
 	FreeAt time.Time `json:"free_at,omitzero"` // before then it is refused again; zero: no time frees it
 }
@@ -82,6 +82,12 @@ func (r *Refusal) Error() string {
 	b.WriteString(": ")
 	b.WriteString(r.Message)
 	return b.String()
+}
+
+// of says whether the limit that refuses can be lifted.
+func (r *Refusal) of(b Block) *Refusal {
+	r.Block = b
+	return r
 }
 
 // Is makes errors.Is(err, &Refusal{Rule: r}) ask for the rule.

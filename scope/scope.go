@@ -57,6 +57,7 @@ type document struct {
 	OrderNotional []MoneyLimit `json:"max_order_notional,omitempty"`
 	OrderQty      []QtyLimit   `json:"max_order_qty,omitempty"`
 	Collar        *Collar      `json:"price_collar_bps,omitempty"`
+	Approval      []Threshold  `json:"human_approval_above,omitempty"`
 
 	// Limits over time, which only who has the record can check: see Book.
 	NotionalWindows  []NotionalWindow `json:"max_notional_per_window,omitempty"`
@@ -82,6 +83,9 @@ type document struct {
 
 	// What the operating system lets the agent's process do: see OS.
 	OS *OS `json:"os,omitempty"`
+
+	// Who may lift, approve, narrow and re-arm.
+	Controllers []Controller `json:"controllers,omitempty"`
 }
 
 // Instrument is one instrument that may be traded.
@@ -342,6 +346,9 @@ func (d *document) validateLimits() error {
 		}
 	}
 	if err := d.validateWindows(); err != nil {
+		return err
+	}
+	if err := errors.Join(d.validateApproval(), d.validateControllers()); err != nil {
 		return err
 	}
 	if d.DuplicateMS > maxDuplicateMS {

@@ -72,7 +72,7 @@ func vectors(t testing.TB) []vector {
 	return all
 }
 
-func schema(t *testing.T, of string) *jsonschema.Schema {
+func schema(t testing.TB, of string) *jsonschema.Schema {
 	t.Helper()
 	b, err := scope.Schema(of)
 	if err != nil {
@@ -93,7 +93,7 @@ func schema(t *testing.T, of string) *jsonschema.Schema {
 	return s
 }
 
-func valid(t *testing.T, s *jsonschema.Schema, b []byte) error {
+func valid(t testing.TB, s *jsonschema.Schema, b []byte) error {
 	t.Helper()
 	doc, err := jsonschema.UnmarshalJSON(bytes.NewReader(b))
 	if err != nil {

@@ -6,6 +6,7 @@ import (
 	"encoding/base64"
 	"errors"
 	"fmt"
+	"slices"
 	"strconv"
 	"time"
 
@@ -95,9 +96,10 @@ type Statement struct {
 	Payment     *Payment    `json:"pay,omitzero"`
 	Party       *Party      `json:"pty,omitzero"`
 	Native      *Native     `json:"native,omitzero"`
-	Event       string      `json:"evt,omitzero"` // of an event, whose kind is act: the exact text of what is behind it
-	Controls    Counter     `json:"ctl,omitzero"` // number of the last event before it whose effect lasts; absent: there is none
-	Open        Counter     `json:"opn,omitzero"` // number of the oldest order before it that is open and older than any window; absent: there is none
+	Authorized  []string    `json:"auth,omitempty"` // authorizations of controllers that came with the action: [Authorization]
+	Event       string      `json:"evt,omitzero"`   // of an event, whose kind is act: the exact text of what is behind it
+	Controls    Counter     `json:"ctl,omitzero"`   // number of the last entry before it whose effect lasts; absent: there is none
+	Open        Counter     `json:"opn,omitzero"`   // number of the oldest order before it that is open and older than any window; absent: there is none
 	Decision    Decision    `json:"scope"`
 	Attestation Attestation `json:"att"`
 	Run         *Run        `json:"run,omitempty"` // how the process that asked was started; absent where it is not confined
@@ -108,8 +110,9 @@ type Statement struct {
 // Decision says under what the action was permitted, or by what it was denied.
 type Decision struct {
 	Decision    string        `json:"dec"`
-	Certificate Digest        `json:"cert"` // SHA-256 of the action certificate
-	Scope       Digest        `json:"hash"` // of the scope in that certificate
+	Certificate Digest        `json:"cert"`          // SHA-256 of the action certificate
+	Scope       Digest        `json:"hash"`          // of the scope in that certificate
+	Policy      *Digest       `json:"pol,omitempty"` // SHA-256 of the policy that it was checked against besides; absent: there was none
 	Reference   *Reference    `json:"ref,omitzero"`
 	Notional    *Amount       `json:"not,omitzero"`   // computed; absent where there is none
 	Utilisation []Utilisation `json:"util,omitempty"` // of the limits over time, this action included
@@ -179,6 +182,8 @@ func ParseStatement(b []byte) (*Statement, error) {
 		return nil, errors.New("statement: key is what a limit that denied is for")
 	case s.Event != "" && s.Decision.Decision != DecisionEvent:
 		return nil, errors.New("statement: only an event has evt")
+	case (len(s.Authorized) > 0 || s.Decision.Policy != nil) && s.Decision.Decision != DecisionPermit:
+		return nil, errors.New("statement: only a permit has auth and pol")
 	}
 	switch s.Decision.Decision {
 	case DecisionPermit:
@@ -187,6 +192,9 @@ func ParseStatement(b []byte) (*Statement, error) {
 		}
 		if r := s.Action().validate(); r != nil {
 			return nil, fmt.Errorf("statement: %w", r)
+		}
+		if _, err := parseAuthorizations(s.Authorized); err != nil {
+			return nil, fmt.Errorf("statement: %w", err)
 		}
 	case DecisionDeny:
 		if s.Decision.Rule == "" {
@@ -205,6 +213,18 @@ func ParseStatement(b []byte) (*Statement, error) {
 // Action returns the action that the statement is about. It shares memory with s.
 func (s *Statement) Action() *Action {
 	return &Action{ID: s.ID, Audience: s.Audience, Kind: s.Kind, Order: s.Order, Payment: s.Payment, Party: s.Party, Native: s.Native}
+}
+
+// Env returns what was known when the statement's action was checked, by the
+// statement itself; attested is what its certificate says.
+func (s *Statement) Env(attested time.Time) Env {
+	return Env{Now: s.Time.Time, AttestedAt: attested, Reference: s.ReferencePrice(), Run: s.Run, Agent: s.Agent, Authorizations: s.Authorized}
+}
+
+// States says whether the statement states the grounds of a permit: policy and utilisation.
+func (s *Statement) States(o *Grounds) bool {
+	d := &s.Decision
+	return slices.Equal(d.Utilisation, o.Utilisation) && (d.Policy == nil) == (o.Policy == nil) && (d.Policy == nil || *d.Policy == *o.Policy)
 }
 
 // ReferencePrice returns the reference price that the statement names, for the

@@ -27,11 +27,13 @@ type Use struct {
 	priced    bool
 	low, high Decimal  // of the order's prices
 	same      [16]byte // equal for orders that are the same but for their ids; zero for what is no order
+	lifts     []Rule   // limits that were lifted for it
 }
 
 // UseOf returns what a permit's action uses, if it is done at a time.
 func UseOf(p *Permit, at time.Time) Use {
 	u := useOf(p.action, p.notional, p.currency, at)
+	u.lifts = p.lifts
 	if r := p.UsedReference(); r != nil {
 		u.Reference = r.Price
 	}

@@ -200,7 +200,8 @@ func (r *Receiver) VerifyArrival(ctx context.Context, compact []byte, arrived Ar
 		return nil, refuse(ReasonAttestation, "the host was attested %s ago, at most %s are accepted", age.Round(time.Second), r.c.MaxAttestationAge)
 	}
 	action := st.Action()
-	env := scope.Env{Now: st.Time.Time, AttestedAt: cred.action.Attestation.Time, Reference: r.reference(st, action), Run: st.Run}
+	env := st.Env(cred.action.Attestation.Time)
+	env.Reference = r.reference(st, action)
 	permit, err := scope.Check(cred.scope, action, env)
 	if err != nil {
 		return nil, refuse(ReasonScope, "%v", err)
