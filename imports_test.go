@@ -14,7 +14,7 @@ import (
 // library: packages of this module by their path below it, others by module.
 // A package that is not named here fails the test. docs/design.md gives the reasons.
 var allowed = map[string][]string{
-	"approver":            {"attest", "scope", "verify", "internal/certext", "internal/jws", "internal/problem", "internal/strictjson", "github.com/jackc/pgx/v5", "modernc.org/sqlite", "github.com/prometheus/client_golang"},
+	"approver":            {"attest", "scope", "verify", "verify/source", "internal/certext", "internal/jws", "internal/problem", "internal/strictjson", "github.com/jackc/pgx/v5", "modernc.org/sqlite", "github.com/prometheus/client_golang"},
 	"approver/client":     {"internal/problem", "internal/strictjson"},
 	"attest":              {"internal/strictjson", "github.com/google/go-tpm"},
 	"audit":               {"scope", "internal/certext", "internal/jws", "internal/strictjson", "golang.org/x/mod", "golang.org/x/sys", "modernc.org/sqlite"},
@@ -35,7 +35,7 @@ var allowed = map[string][]string{
 	"internal/problem":    {"internal/strictjson"},
 	"internal/strictjson": {"github.com/go-json-experiment/json", "go.yaml.in/yaml/v3"},
 	"internal/testca":     {"internal/certext"},
-	"issuer":              {"attest", "scope", "internal/certext", "internal/durable", "internal/problem", "internal/strictjson", "golang.org/x/crypto", "golang.org/x/time", "modernc.org/sqlite", "github.com/prometheus/client_golang"},
+	"issuer":              {"attest", "scope", "verify/source", "internal/certext", "internal/durable", "internal/problem", "internal/strictjson", "golang.org/x/crypto", "golang.org/x/time", "modernc.org/sqlite", "github.com/prometheus/client_golang"},
 	"journal":             {"attest", "internal/strictjson", "golang.org/x/sys"},
 	"scope":               {"internal/jws", "internal/strictjson", "github.com/holiman/uint256"},
 	"signer":              {"approver/client", "audit", "scope", "internal/caller", "internal/certext", "internal/durable", "internal/jws", "internal/problem", "internal/strictjson", "github.com/coreos/go-systemd/v22", "github.com/prometheus/client_golang", "golang.org/x/sys", "golang.org/x/time", "github.com/go-jose/go-jose/v4", "github.com/spiffe/go-spiffe/v2"},

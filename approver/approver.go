@@ -20,6 +20,7 @@ import (
 	"errors"
 	"fmt"
 	"log/slog"
+	"net/netip"
 	"sync"
 	"time"
 
@@ -29,6 +30,7 @@ import (
 	"inkan/internal/strictjson"
 	"inkan/scope"
 	"inkan/verify"
+	"inkan/verify/source"
 )
 
 // Rules of the approver itself, beside those of scopes. docs/approver.md lists them.
@@ -71,6 +73,10 @@ type Request struct {
 	Nonce     []byte   `json:"nonce,omitempty"`     // nonceTPM of the session
 	Statement []byte   `json:"statement,omitempty"` // the exact bytes that stand in the signer's record
 	Entries   [][]byte `json:"entries,omitempty"`   // those before it that the approver has not seen, in order
+
+	// From is the address that the request comes from, as the approver sees it; the
+	// zero value where that is not known.
+	From netip.Addr `json:"-"`
 }
 
 // ParseRequest reads a request, strictly: for an authorization, or one of
@@ -157,7 +163,7 @@ func (a *Approver) Decide(ctx context.Context, client *x509.Certificate, r *Requ
 	if err != nil {
 		return nil, err
 	}
-	if err := a.current(ctx, client, cred, now); err != nil {
+	if err := a.current(ctx, client, cred, r.From, now); err != nil {
 		return nil, err
 	}
 
@@ -217,7 +223,7 @@ func (a *Approver) Append(ctx context.Context, client *x509.Certificate, r *Requ
 	if err != nil {
 		return err
 	}
-	if err := a.current(ctx, client, cred, now); err != nil {
+	if err := a.current(ctx, client, cred, r.From, now); err != nil {
 		return err
 	}
 	entries, err := a.entries(r.Entries, cred, now)
@@ -335,7 +341,7 @@ func (c *credential) bind() error {
 }
 
 // current applies what may change between two requests.
-func (a *Approver) current(ctx context.Context, client *x509.Certificate, cred *credential, now time.Time) error {
+func (a *Approver) current(ctx context.Context, client *x509.Certificate, cred *credential, from netip.Addr, now time.Time) error {
 	leaf := cred.leaf
 	switch {
 	case now.Before(leaf.NotBefore):
@@ -365,7 +371,7 @@ func (a *Approver) current(ctx context.Context, client *x509.Certificate, cred *
 			return refuse(RuleScopeWider, "the certificate's scope is wider than the one that this approver has: %v", err)
 		}
 	}
-	return nil
+	return source.Check(cred.scope, from, a.config.regions)
 }
 
 // statement reads what is to be signed and ties it to the certificate.

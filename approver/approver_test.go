@@ -37,6 +37,7 @@ var policyRef = attest.PolicyRef("example.org")
 
 // desk is an approver, an agent's certificates, and the record of its signer.
 type desk struct {
+	limits   string // of the agent, canonical
 	ca       *testca.CA
 	name     string // of the agent
 	agent    *testca.Agent
@@ -84,7 +85,7 @@ func config(t testing.TB, more string) *approver.Config {
 
 func newDesk(t testing.TB) *desk {
 	t.Helper()
-	d := &desk{ca: testca.New(t), name: "mm-07", key: newKey(t), revoked: make(map[string]bool), book: scope.NewBook()}
+	d := &desk{ca: testca.New(t), name: "mm-07", limits: scopeJSON, key: newKey(t), revoked: make(map[string]bool), book: scope.NewBook()}
 	d.agent = d.certify(t, nil)
 	d.client = d.tlsCertificate(t, d.agent.ID)
 	var err error
@@ -134,7 +135,7 @@ func (d *desk) certify(t testing.TB, change func(*certext.Attestation)) *testca.
 	if change != nil {
 		change(&a)
 	}
-	return d.ca.AgentWithKey(t, d.name, []byte(scopeJSON), k, func(c *x509.Certificate) {
+	return d.ca.AgentWithKey(t, d.name, []byte(d.limits), k, func(c *x509.Certificate) {
 		x, err := certext.AttestationExtension(a)
 		if err != nil {
 			t.Fatal(err)
@@ -174,7 +175,7 @@ func (d *desk) next(t testing.TB, qty string, change func(*scope.Statement)) []b
 		now = d.clock
 	}
 	leaf := d.agent.Chain[0]
-	s, err := scope.ParseCanonical([]byte(scopeJSON))
+	s, err := scope.ParseCanonical([]byte(d.limits))
 	if err != nil {
 		t.Fatal(err)
 	}

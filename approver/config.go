@@ -11,6 +11,7 @@ import (
 
 	"inkan/internal/strictjson"
 	"inkan/scope"
+	"inkan/verify/source"
 )
 
 // maxConfig bounds a configuration file, in bytes.
@@ -31,10 +32,12 @@ type Config struct {
 	Record           string        `json:"record"`                         // file of this approver's own record, or URL of the one that several share, see [OpenSharedRecord]
 	PasswordFile     string        `json:"record_password_file,omitempty"` // file with the password of the database's user
 	AcceptReference  bool          `json:"accept_reference,omitempty"`     // believe the signer about reference prices
+	Regions          string        `json:"regions,omitempty"`              // geofeed or MMDB file, for scopes with source_regions; read again when it changes
 	Agents           []AgentConfig `json:"agents"`
 
 	maxRevocationAge, maxAttestation time.Duration
 	agents                           map[string]*AgentConfig // by SPIFFE ID
+	regions                          source.Regions          // nil: there are none
 }
 
 // AgentConfig is an agent that the approver answers.
@@ -68,7 +71,7 @@ func (c *Config) validate(dir string) error {
 			*p = filepath.Join(dir, *p)
 		}
 	}
-	for _, p := range []*string{&c.Certificate, &c.CertificateKey, &c.CA, &c.PasswordFile} {
+	for _, p := range []*string{&c.Certificate, &c.CertificateKey, &c.CA, &c.PasswordFile, &c.Regions} {
 		below(p)
 	}
 	if isShared(c.Record) {
@@ -94,6 +97,13 @@ func (c *Config) validate(dir string) error {
 			return fmt.Errorf("%s %.32q: a duration of at most %s is expected", d.name, d.text, d.max)
 		}
 		*d.to = v
+	}
+	if c.Regions != "" {
+		regions, err := source.Open(c.Regions)
+		if err != nil {
+			return fmt.Errorf("regions: %w", err)
+		}
+		c.regions = regions
 	}
 	if len(c.Agents) == 0 {
 		return errors.New("agents is empty, so nothing would be approved")

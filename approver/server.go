@@ -17,6 +17,7 @@ import (
 	"inkan/attest"
 	"inkan/internal/problem"
 	"inkan/scope"
+	"inkan/verify/source"
 )
 
 //go:embed openapi.json
@@ -135,6 +136,9 @@ func (a *Approver) answer(w http.ResponseWriter, r *http.Request, authorize bool
 		a.fail(w, r, err)
 		return
 	}
+	// No header counts: the TLS client proves who it is, so nothing that ends TLS
+	// can stand between. What is not known is refused where it counts.
+	q.From, _ = source.Peer(r.RemoteAddr)
 	out, err := f(r.TLS.VerifiedChains[0][0], q)
 	if err != nil {
 		a.fail(w, r, err)

@@ -25,7 +25,7 @@ func refuse(check, format string, a ...any) error {
 type Check struct{ ID, What string }
 
 // Checks lists every check by its stable name, in the order of
-// docs/attestation.md. Those that need memory (E9, A3, Q3, G1, G3, G6, G10) are
+// docs/attestation.md. Those that need memory (E9, A3, Q3, G1, G3, G6, G10, source_network, source_region) are
 // held by package issuer.
 var Checks = []Check{
 	{"E1", "the EK certificate is the one certificate at the start of what NV holds; only padding follows"},
@@ -78,4 +78,6 @@ var Checks = []Check{
 	{"G7", "sizes, chains and exponents are bounded, and requests are limited, before expensive work"},
 	{"G8", "quote, certifications, requests and TLS channel are bound to each other"},
 	{"G10", "one function issues certificates"},
+	{"source_network", "where the agent's scope names networks, the host calls from one of them"},
+	{"source_region", "where the agent's scope names regions, the host is known to call from one of them"},
 }

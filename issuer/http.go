@@ -142,7 +142,7 @@ func (i *Issuer) agentHandler() http.Handler {
 			i.fail(w, r, err)
 			return
 		}
-		c, err := i.begin(r.Context(), &h)
+		c, err := i.begin(r.Context(), &h, peer(r))
 		if err != nil {
 			i.decide(w, r, h.Agent, nil, err)
 			return
@@ -161,7 +161,7 @@ func (i *Issuer) agentHandler() http.Handler {
 			return
 		}
 		begun := time.Now()
-		g, err := i.finish(r.Context(), &ev, binding)
+		g, err := i.finish(r.Context(), &ev, binding, peer(r))
 		if err != nil {
 			i.decide(w, r, "", &ev, err)
 			return

@@ -28,6 +28,7 @@ import (
 	"inkan/internal/certext"
 	"inkan/internal/durable"
 	"inkan/internal/strictjson"
+	"inkan/verify/source"
 )
 
 // maxRequest bounds a request's body, in bytes.
@@ -46,6 +47,10 @@ type Config struct {
 	ServerNames   []string `json:"server_names"`   // DNS names and addresses in the servers' certificate
 	Lifetime      string   `json:"lifetime"`       // of agents' certificates, at most 24h
 	CRLLifetime   string   `json:"crl_lifetime"`   // until a CRL's next update
+
+	// Regions is a geofeed or MMDB file that says where addresses are, for scopes
+	// with source_regions; read again when it changes. Relative: below the issuer's directory.
+	Regions string `json:"regions,omitempty"`
 
 	lifetime, crlLifetime time.Duration
 }
@@ -104,6 +109,7 @@ type Issuer struct {
 	policyKey []byte // TPMT_PUBLIC
 	policyRef []byte
 	auth      map[string][]byte // authPolicy of agents' keys, by mode
+	regions   source.Regions    // nil: there are none
 	epochAuth map[string][]byte // likewise, on devices that have epochs
 	store     *store
 	log       *slog.Logger
@@ -143,6 +149,15 @@ func New(ctx context.Context, dir string, c *Config, key crypto.Signer, log *slo
 		}
 		if i.epochAuth[mode], err = attest.EpochKeyPolicy(mode, i.policyKey, i.policyRef); err != nil {
 			return nil, err
+		}
+	}
+	if c.Regions != "" {
+		path := c.Regions
+		if !filepath.IsAbs(path) {
+			path = filepath.Join(dir, path)
+		}
+		if i.regions, err = source.Open(path); err != nil {
+			return nil, fmt.Errorf("issuer.yaml: regions: %w", err)
 		}
 	}
 	if i.store, err = openStore(ctx, filepath.Join(dir, inventoryFile)); err != nil {

@@ -40,6 +40,9 @@ import (
 
 const scopeJSON = `{"allowed_actions":["order.new"],"allowed_instruments":[{"id":"isin:FR0000120271"}],"allowed_ord_types":["2"],"allowed_sides":["1"],"allowed_tif":["0"],"allowed_venues":["XPAR"],"max_order_notional":[{"amount":"25000","currency":"EUR"}],"version":1}`
 
+// regionsFile is an office's region data, in its directory.
+const regionsFile = "regions.csv"
+
 var selection = []attest.PCRSelection{{Bank: "sha256", Indexes: []int{0, 2, 4, 7}}}
 
 // office is a running issuer with a device and an agent in its inventory.
@@ -78,7 +81,10 @@ func newOffice(t testing.TB) *office {
 	o := &office{dir: t.TempDir(), policy: newKey(t)}
 	ca, admin := newKey(t), newKey(t)
 	public := freePort(t)
-	yaml := fmt.Sprintf("trust_domain: example.org\nca_key: test\npolicy_key: test\nagent_listen: 127.0.0.1:0\nadmin_listen: 127.0.0.1:0\npublic_listen: %s\nmetrics_listen: 127.0.0.1:0\npublic_url: http://%s\nserver_names: [127.0.0.1]\nlifetime: 24h\ncrl_lifetime: 1h\n", public, public)
+	yaml := fmt.Sprintf("trust_domain: example.org\nca_key: test\npolicy_key: test\nagent_listen: 127.0.0.1:0\nadmin_listen: 127.0.0.1:0\npublic_listen: %s\nmetrics_listen: 127.0.0.1:0\npublic_url: http://%s\nserver_names: [127.0.0.1]\nlifetime: 24h\ncrl_lifetime: 1h\nregions: %s\n", public, public, regionsFile)
+	if err := os.WriteFile(filepath.Join(o.dir, regionsFile), []byte("192.0.2.0/24,FR,,,\n"), 0o600); err != nil {
+		t.Fatal(err)
+	}
 	log := slog.New(slog.DiscardHandler)
 	if err := issuer.Init(t.Context(), o.dir, []byte(yaml), "Test CA", ca, &o.policy.PublicKey, &admin.PublicKey, log); err != nil {
 		t.Fatal(err)

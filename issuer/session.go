@@ -7,6 +7,7 @@ import (
 	"encoding/hex"
 	"errors"
 	"fmt"
+	"net/netip"
 	"sync"
 	"time"
 
@@ -75,7 +76,7 @@ func refuse(check, format string, a ...any) error {
 }
 
 // begin answers M1 with M2.
-func (i *Issuer) begin(ctx context.Context, h *attest.Hello) (*attest.Challenge, error) {
+func (i *Issuer) begin(ctx context.Context, h *attest.Hello, from netip.Addr) (*attest.Challenge, error) {
 	x := &session{agent: h.Agent, hello: h, expires: i.now().Add(sessionTTL)}
 	ek, err := attest.SPKIDigest(h.EKPublic)
 	if err != nil {
@@ -86,7 +87,7 @@ func (i *Issuer) begin(ctx context.Context, h *attest.Hello) (*attest.Challenge,
 	} else if err != nil {
 		return nil, err
 	}
-	a, err := i.agentOf(ctx, h.Agent, x.device.ID)
+	a, err := i.agentOf(ctx, h.Agent, x.device.ID, from)
 	if err != nil {
 		return nil, err
 	}
@@ -115,7 +116,9 @@ func (i *Issuer) begin(ctx context.Context, h *attest.Hello) (*attest.Challenge,
 	return x.challenge, i.sessions.put(i.now(), x)
 }
 
-func (i *Issuer) agentOf(ctx context.Context, name, device string) (*Agent, error) {
+// agentOf finds an agent that may be certified: one of this device, in force,
+// and one that may call from where the host does.
+func (i *Issuer) agentOf(ctx context.Context, name, device string, from netip.Addr) (*Agent, error) {
 	a, err := i.store.agent(ctx, name)
 	switch {
 	case errors.Is(err, ErrNotFound):
@@ -127,7 +130,7 @@ func (i *Issuer) agentOf(ctx context.Context, name, device string) (*Agent, erro
 	case a.Status != Active:
 		return nil, refuse("E9", "agent %s is %s", name, a.Status)
 	}
-	return a, nil
+	return a, i.placed(a, from)
 }
 
 func (d *Device) ekOptions(now time.Time) (o attest.EKOptions, err error) {
@@ -195,12 +198,12 @@ func (i *Issuer) challenge(ctx context.Context, d *Device, a *Agent) (*attest.Ch
 
 // finish answers M3 with M4. The decision and its evidence are on disk before
 // a certificate is made.
-func (i *Issuer) finish(ctx context.Context, ev *attest.Evidence, binding []byte) (*attest.Grant, error) {
+func (i *Issuer) finish(ctx context.Context, ev *attest.Evidence, binding []byte, from netip.Addr) (*attest.Grant, error) {
 	x := i.sessions.take(i.now(), ev.Session)
 	if x == nil {
 		return nil, refuse("Q3", "there is no such exchange: it was answered, took longer than %s, or was never begun", sessionTTL)
 	}
-	a, err := i.agentOf(ctx, x.agent, x.device.ID)
+	a, err := i.agentOf(ctx, x.agent, x.device.ID, from)
 	if err != nil {
 		return nil, err
 	}
