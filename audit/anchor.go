@@ -21,8 +21,8 @@ type Anchor interface {
 	// Make makes the counter if there is none.
 	Make() error
 	// Advance increments the counter from a value to target, and returns its
-	// value then. If it has another value than from it does nothing, and moved is false. From 0, never
-	// incremented, it chooses the value.
+	// value then. If it has another value than from it does nothing, and moved is false; it is true,
+	// even with an error, if the counter may have been incremented. From 0, never incremented, it chooses the value.
 	Advance(from, target uint64) (value uint64, moved bool, err error)
 }
 
@@ -244,7 +244,8 @@ func (x *anchoring) advance() error {
 	case errors.Is(err, ErrNoAnchor):
 		x.finding.Store(&Finding{scope.CauseLost, "the TPM's counter is gone"})
 	case err != nil:
-		x.tried, x.failed = true, err
+		// Only what was begun can be done: otherwise whoever else advances it now would pass for this process.
+		x.tried, x.failed = x.tried || moved, err
 	case value == x.row.value && (moved || x.tried), moved && x.row.origin == 0:
 		x.row.value = value
 		x.pending, x.tried, x.failed = false, false, nil

@@ -99,6 +99,7 @@ func (a *Agent) SetChain(ctx context.Context, chain []*x509.Certificate) error {
 		return err
 	}
 	a.current.Store(c)
+	a.settle(ctx)
 	a.metrics.notAfter.Set(float64(chain[0].NotAfter.Unix()))
 	return nil
 }
@@ -117,6 +118,10 @@ func (a *Agent) Act(ctx context.Context, body []byte, run *scope.Run) (*Signed, 
 	cred := a.current.Load()
 	if cred == nil {
 		return nil, &scope.Refusal{Rule: RuleNoCertificate, Message: "the agent has no certificate yet: see the signer's log"}
+	}
+
+	if a.log.Finding() != nil {
+		a.settle(ctx)
 	}
 
 	// 2. Parse: what is checked is what is signed.

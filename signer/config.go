@@ -79,8 +79,9 @@ type AgentConfig struct {
 	ReferenceKey      string         `json:"reference_key,omitempty"`       // PEM file: the prices are a JWS by this key
 	MaxConcurrent     int            `json:"max_concurrent,omitzero"`       // requests at a time, 64 by default
 	CheckpointEvery   string         `json:"checkpoint_interval,omitempty"` // how often the record's head is signed, 10m by default
+	RollbackInterval  string         `json:"rollback_interval,omitempty"`   // how often the record is bound to the TPM's counter, 1s by default; 0s: before each answer
 
-	lifetime, checkpoints time.Duration
+	lifetime, checkpoints, bindEvery time.Duration
 }
 
 // CallerConfig is who may act as the agent: a kind of process on this host, or a
@@ -232,6 +233,14 @@ func (a *AgentConfig) validate(below func(*string)) error {
 			return fmt.Errorf("checkpoint_interval %.16q: 1s to 24h is expected", a.CheckpointEvery)
 		}
 		a.checkpoints = d
+	}
+	a.bindEvery = time.Second
+	if a.RollbackInterval != "" {
+		d, err := time.ParseDuration(a.RollbackInterval)
+		if err != nil || d != 0 && (d < 10*time.Millisecond || d > time.Minute) {
+			return fmt.Errorf("rollback_interval %.16q: 10ms to 1m is expected, or 0s for before each answer", a.RollbackInterval)
+		}
+		a.bindEvery = d
 	}
 	for name, uri := range map[string]string{"key": a.Key, "tls_key": a.TLSKey} {
 		if uri != "" && !strings.HasPrefix(uri, "pkcs11:") {

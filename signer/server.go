@@ -242,6 +242,7 @@ func (s *Signer) handler() http.Handler {
 	}))
 	mux.HandleFunc("POST /v1/checkpoint", s.as(s.postCheckpoint))
 	mux.HandleFunc("GET /v1/checkpoint", s.as(s.getCheckpoint))
+	mux.HandleFunc("POST /v1/agents/{agent}/recovery", s.recover)
 	mux.HandleFunc("GET /v1/starts/{agent}", s.offer)
 	mux.HandleFunc("POST /v1/starts", s.start)
 	mux.HandleFunc("GET /openapi.json", func(w http.ResponseWriter, _ *http.Request) {
@@ -326,18 +327,25 @@ func (s *Signer) processOf(w http.ResponseWriter, r *http.Request) *process {
 // asOperator lets the operators' processes through, and nobody from another host.
 func (s *Signer) asOperator(f http.HandlerFunc) http.HandlerFunc {
 	return func(w http.ResponseWriter, r *http.Request) {
-		who := s.processOf(w, r)
-		if who == nil {
-			return
+		if s.operator(w, r) != nil {
+			f(w, r)
 		}
-		for _, o := range s.config.Operators {
-			if o.is(who) {
-				f(w, r)
-				return
-			}
-		}
-		s.unknown(w, r, "it is none of the operators'", who)
 	}
+}
+
+// operator says which operator's process asks; if it is none, it answers, and returns nil.
+func (s *Signer) operator(w http.ResponseWriter, r *http.Request) *process {
+	who := s.processOf(w, r)
+	if who == nil {
+		return nil
+	}
+	for _, o := range s.config.Operators {
+		if o.is(who) {
+			return who
+		}
+	}
+	s.unknown(w, r, "it is none of the operators'", who)
+	return nil
 }
 
 // alone: nobody but the process that opened the connection has sent on it; otherwise it answers.
@@ -409,7 +417,7 @@ func (s *Signer) fail(w http.ResponseWriter, err error) {
 		switch r.Rule {
 		case scope.RuleForm:
 			status = http.StatusBadRequest
-		case RuleNoCertificate, RuleDevice, RuleNoApprover:
+		case RuleNoCertificate, RuleDevice, RuleNoApprover, scope.RuleRollback:
 			status = http.StatusServiceUnavailable
 		}
 		if left := time.Until(r.FreeAt); !r.FreeAt.IsZero() && left > 0 {

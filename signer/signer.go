@@ -34,6 +34,7 @@ type Credentials struct {
 	Device func() DeviceStatus // what operators see of the device; nil: nothing
 	// Testify has the device say what it signed, for its journal of signatures; nil: it cannot.
 	Testify func() error
+	Anchor  audit.Anchor // what the record is bound to; nil: an older record in its place is not found out
 	// Approvers get the authorizations that a key in approver mode needs; nil: there are none.
 	Approvers *client.Group
 }
@@ -86,7 +87,11 @@ func Open(ctx context.Context, c *Config, credentials map[string]Credentials, re
 		if a.prices, err = openPrices(ac.ReferencePrices, ac.ReferenceKey); err != nil {
 			return nil, fmt.Errorf("agent %s: %w", ac.Name, err)
 		}
-		if a.log, err = audit.Open(ctx, filepath.Join(dir, LogFile), audit.Options{}); err != nil {
+		o, err := s.anchorOptions(cred.Anchor, ac.bindEvery)
+		if err != nil {
+			return nil, err
+		}
+		if a.log, err = audit.Open(ctx, filepath.Join(dir, LogFile), o); err != nil {
 			return nil, err
 		}
 		s.agents[ac.Name] = a

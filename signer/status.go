@@ -8,6 +8,7 @@ import (
 
 	"github.com/prometheus/client_golang/prometheus"
 
+	"inkan/audit"
 	"inkan/scope"
 )
 
@@ -36,7 +37,9 @@ type Status struct {
 type AgentStatus struct {
 	AgentInfo
 	Device *DeviceStatus `json:"device,omitzero"`
-	Error  string        `json:"error,omitzero"` // why it signs nothing now
+	// Rollback says what the record is bound to.
+	Rollback audit.Anchoring `json:"rollback"`
+	Error    string          `json:"error,omitzero"` // why it signs nothing now
 }
 
 // info is what the agent itself may see.
@@ -69,6 +72,9 @@ func (s *Signer) status(ctx context.Context) *Status {
 		} else if x.AgentInfo = *info; time.Now().After(info.NotAfter) {
 			x.Error = "the certificate has expired: see the signer's log for why it was not renewed"
 		}
+		if x.Rollback = a.log.Anchoring(); x.Rollback.Finding != nil {
+			x.Error = "the record may not be all that was recorded: " + x.Rollback.Finding.Found
+		}
 		if a.device != nil {
 			d := a.device()
 			x.Device = &d
@@ -89,11 +95,12 @@ var (
 	workerUp         = prometheus.NewDesc("inkan_signer_token_worker_up", "1 if the worker process of the agent's token runs", agentLabel, nil)
 	breakerOpen      = prometheus.NewDesc("inkan_signer_token_breaker_open", "1 if calls of the agent's token are refused at once", agentLabel, nil)
 	tokenFailures    = prometheus.NewDesc("inkan_signer_token_failures_total", "calls of the agent's token that failed, those included that a second try made good", agentLabel, nil)
+	recordFound      = prometheus.NewDesc("inkan_signer_record_refused", "1 if everything is refused since the agent's record may not be all that was recorded", agentLabel, nil)
 	tokenLatency     = prometheus.NewDesc("inkan_signer_token_latency_seconds", "moving average of a signature of the agent's token", agentLabel, nil)
 )
 
 func (c *statusCollector) Describe(ch chan<- *prometheus.Desc) {
-	for _, d := range []*prometheus.Desc{limitRatio, workerGeneration, workerUp, breakerOpen, tokenFailures, tokenLatency} {
+	for _, d := range []*prometheus.Desc{limitRatio, workerGeneration, workerUp, breakerOpen, tokenFailures, tokenLatency, recordFound} {
 		ch <- d
 	}
 }
@@ -110,6 +117,9 @@ func (c *statusCollector) Collect(ch chan<- prometheus.Metric) {
 	for _, a := range c.signer.status(ctx).Agents {
 		for _, u := range a.Utilisation {
 			ch <- prometheus.MustNewConstMetric(limitRatio, prometheus.GaugeValue, u.Ratio(), a.Name, string(u.Limit), u.Key, u.Window.String())
+		}
+		if a.Rollback.Bound {
+			ch <- prometheus.MustNewConstMetric(recordFound, prometheus.GaugeValue, bit(a.Rollback.Finding != nil), a.Name)
 		}
 		if d := a.Device; d != nil && d.Kind == "pkcs11" {
 			ch <- prometheus.MustNewConstMetric(workerGeneration, prometheus.GaugeValue, float64(d.Generation), a.Name)

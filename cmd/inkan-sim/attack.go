@@ -21,6 +21,7 @@ var families = []family{
 	{"os", "from inside a confined agent", attackOS},
 	{"limits", "an agent that wants more than its limits give", attackLimits},
 	{"books", "root signs with the agent's key in local mode, and an auditor looks afterwards", attackBooks},
+	{"rollback", "somebody who has the signer's files", attackRollback},
 	{"root", "root on the host of an agent in approver mode, against the TPM and the approver", attackRoot},
 }
 

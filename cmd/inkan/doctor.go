@@ -385,6 +385,13 @@ func (d *doctor) agent(ctx context.Context, h *host, a *signer.AgentConfig) {
 		left := time.Until(chain[0].NotAfter)
 		d.expect(left > 0, "certificate", stateRefused, fmt.Sprintf("serial %x, until %s", chain[0].SerialNumber, chain[0].NotAfter.UTC().Format(time.RFC3339)), "renewal failed: the signer's log says why")
 	}
+	if r, err := h.dev.Counter(a.Name).Read(); err == nil {
+		d.ok("rollback protection", "counter %#x is %d", tpm.CounterIndex(a.Name), r.Value)
+	} else if errors.Is(err, tpm.ErrNoCounter) {
+		d.expect(len(chain) == 0, "rollback protection", stateRefused, "the TPM has no counter for the record", "enrolment makes it; if it was there before, somebody has removed it: docs/record.md")
+	} else {
+		d.add("rollback protection", stateRefused, err.Error(), "")
+	}
 	policies, err := attester.Policies(ctx, h.issuer, h.dev, a.Name)
 	if err != nil {
 		d.add("issuer", stateRefused, err.Error(), "a check's name in front says what the issuer looks at: docs/attestation.md")

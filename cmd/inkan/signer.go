@@ -18,11 +18,13 @@ import (
 
 	"inkan/attest"
 	"inkan/hsm"
+	"inkan/internal/anchor"
 	"inkan/internal/attester"
 	"inkan/internal/durable"
 	"inkan/internal/keyuri"
 	"inkan/journal"
 	"inkan/signer"
+	"inkan/signer/client"
 	"inkan/tpm"
 )
 
@@ -49,6 +51,8 @@ func signerCommand(e *env) *cli.Command {
 				&cli.StringFlag{Name: "pin-source", Usage: "where the PIN is now: file:/path, fd:3 or credential:name: `SOURCE`"},
 				&cli.StringFlag{Name: "out", Usage: "write the sealed PIN to `FILE`"}),
 				Action: func(c *cli.Context) error { return signerSealPIN(e, c) }},
+			{Name: "recover", Usage: "take an agent's record up again that may not be all that was recorded; for operators", Flags: []cli.Flag{socketFlag(), jsonFlag(),
+				&cli.StringFlag{Name: "agent", Usage: "`NAME`"}, &cli.StringFlag{Name: "reason", Usage: "why this is in order, for the record: `TEXT`"}}, Action: func(c *cli.Context) error { return signerRecover(e, c) }},
 			{Name: "status", Usage: "show the agent that the calling process is", Flags: signerFlags(jsonFlag()), Action: func(c *cli.Context) error { return signerStatus(e, c) }},
 		},
 	}
@@ -63,7 +67,19 @@ func readSignerConfig(c *cli.Context) (*signer.Config, error) {
 	if err != nil {
 		return nil, err
 	}
-	return signer.ParseConfig(b, filepath.Dir(path))
+	config, err := signer.ParseConfig(b, filepath.Dir(path))
+	if err != nil {
+		return nil, err
+	}
+	counters := make(map[uint32]string)
+	for _, a := range config.Agents {
+		i := tpm.CounterIndex(a.Name)
+		if other, taken := counters[i]; taken {
+			return nil, fmt.Errorf("agents %s and %s would have one counter in the TPM (%#x): name one of them otherwise", other, a.Name, i)
+		}
+		counters[i] = a.Name
+	}
+	return config, nil
 }
 
 // host is this machine as the issuer sees it: a TPM and agents' state.
@@ -263,6 +279,10 @@ func (h *host) enrol(ctx context.Context, agent string) ([]*x509.Certificate, ti
 	if err != nil {
 		return nil, time.Time{}, err
 	}
+	// To what the record is bound. A host that has a certificate and no such counter has lost it.
+	if err := h.dev.Counter(agent).Make(); err != nil {
+		return nil, time.Time{}, err
+	}
 	out, err := attester.Run(ctx, h.issuer, h.dev, agent, keys, vouched, state.SaveKeys)
 	if err != nil {
 		return nil, time.Time{}, err
@@ -348,7 +368,7 @@ func (h *host) credentials(ctx context.Context, agent string) (signer.Credential
 		return signer.Credentials{}, err
 	}
 	if k := external[attest.PurposeAction]; k != nil {
-		return signer.Credentials{Key: k, Chain: chain, Device: h.stats[agent]}, nil
+		return signer.Credentials{Key: k, Chain: chain, Device: h.stats[agent], Anchor: anchor.New(h.dev, agent)}, nil
 	}
 	keys, err := state.Keys(attest.PurposeAction)
 	if err != nil {
@@ -363,7 +383,7 @@ func (h *host) credentials(ctx context.Context, agent string) (signer.Credential
 		return signer.Credentials{}, fmt.Errorf("agent %s: %w", agent, err)
 	}
 	h.keys[agent] = k
-	cred := signer.Credentials{Key: k, Chain: chain, Device: func() signer.DeviceStatus { return signer.DeviceStatus{Kind: "tpm", CommandAudit: h.audit} }}
+	cred := signer.Credentials{Key: k, Chain: chain, Anchor: anchor.New(h.dev, agent), Device: func() signer.DeviceStatus { return signer.DeviceStatus{Kind: "tpm", CommandAudit: h.audit} }}
 	if h.dev.Audited() {
 		cred.Testify = h.testify
 	}
@@ -409,6 +429,25 @@ func signerEnrol(e *env, c *cli.Context) error {
 		for _, x := range list {
 			e.printf("%s has the certificate %s until %s\n", x.Agent, x.Serial, x.NotAfter.Format(time.RFC3339))
 		}
+	})
+}
+
+// signerRecover is an operator's; what it does stands in the record.
+func signerRecover(e *env, c *cli.Context) error {
+	agent, err := required(c, "agent")
+	if err != nil {
+		return err
+	}
+	reason, err := required(c, "reason")
+	if err != nil {
+		return err
+	}
+	var out signer.Recovered
+	if err := client.New(c.String("socket")).Recover(c.Context, agent, reason, &out); err != nil {
+		return refusedOr(err)
+	}
+	return e.show(c, out, func() {
+		e.printf("%s signs again; the recovery is entry %d\nit follows: %s\n", out.Agent, out.Counter, out.Found)
 	})
 }
 

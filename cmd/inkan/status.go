@@ -10,6 +10,7 @@ import (
 
 	"github.com/urfave/cli/v2"
 
+	"inkan/audit"
 	"inkan/scope"
 	"inkan/signer"
 )
@@ -65,6 +66,7 @@ func printStatus(w io.Writer, s *signer.Status) {
 			fmt.Fprintf(w, "  certificate  until %s (%s)\n", a.NotAfter.Format(time.RFC3339), remaining(a.NotAfter.Sub(s.Time)))
 		}
 		fmt.Fprintf(w, "  record       %d entries\n", a.Entries)
+		fmt.Fprintf(w, "  rollback     %s\n", describeAnchoring(&a.Rollback))
 		if d := a.Device; d != nil {
 			fmt.Fprintf(w, "  device       %s\n", describeDevice(d))
 		}
@@ -76,6 +78,18 @@ func printStatus(w io.Writer, s *signer.Status) {
 			fmt.Fprintf(w, "  %-*s  %s %3.0f %%  %s of %s\n", width, limitName(u), bar(u.Ratio()), math.Floor(100*u.Ratio()), u.Used, u.Of)
 		}
 	}
+}
+
+func describeAnchoring(a *audit.Anchoring) string {
+	switch {
+	case !a.Bound:
+		return "not protected: the record is bound to no TPM"
+	case a.Finding != nil:
+		return "found (" + string(a.Finding.Cause) + "): inkan signer recover takes the record up again"
+	case a.Error != "":
+		return fmt.Sprintf("%d entries are bound to the TPM's counter; the last try failed: %s", a.Entries, a.Error)
+	}
+	return fmt.Sprintf("%d entries are bound to the TPM's counter, which is %d", a.Entries, a.Value)
 }
 
 func remaining(d time.Duration) string {

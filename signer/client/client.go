@@ -13,6 +13,7 @@ import (
 	"io"
 	"net"
 	"net/http"
+	"net/url"
 	"strings"
 	"time"
 
@@ -90,6 +91,16 @@ func (c *Client) SignJSON(ctx context.Context, action []byte) (*Signed, error) {
 // Checkpoint has the device sign the head of the agent's record, into out.
 func (c *Client) Checkpoint(ctx context.Context, out any) error {
 	return c.call(ctx, http.MethodPost, "/v1/checkpoint", nil, out)
+}
+
+// Recover has the signer take an agent's record up again about which something was
+// found, for an operator, into out.
+func (c *Client) Recover(ctx context.Context, agent, reason string, out any) error {
+	body, err := strictjson.Marshal(map[string]string{"reason": reason})
+	if err != nil {
+		return err
+	}
+	return c.call(ctx, http.MethodPost, "/v1/agents/"+url.PathEscape(agent)+"/recovery", body, out)
 }
 
 // Get asks for a document of the signer, such as /v1/agent, into out.
