@@ -3,13 +3,18 @@ package main
 import (
 	"context"
 	"path/filepath"
+	"slices"
 	"strings"
 )
 
 // startApprover makes an approver and starts it.
 func (w *world) startApprover(ctx context.Context) error {
 	args := []string{"approver", "init", "--dir", w.path("approver"), "--trust-domain", "example.org", "--ca", w.path("issuer", "ca.pem"), "--crl-url", "http://" + w.addresses.Public + "/crl", "--listen", "127.0.0.1:0"}
-	for _, a := range w.agents {
+	agents := w.agents
+	if w.bot != nil {
+		agents = append(slices.Clone(agents), w.bot.name)
+	}
+	for _, a := range agents {
 		args = append(args, "--agent", a)
 	}
 	out, err := w.run(ctx, args...)

@@ -19,6 +19,8 @@ type family struct {
 // families are all attacks. A family has a file of its own: attack_NAME.go.
 var families = []family{
 	{"os", "from inside a confined agent", attackOS},
+	{"network", "on the wire: the agent unconfined, every action properly signed", attackNetwork},
+	{"application", "on the signed action: the agent unconfined, on its own TLS connection", attackApplication},
 	{"limits", "an agent that wants more than its limits give", attackLimits},
 	{"books", "root signs with the agent's key in local mode, and an auditor looks afterwards", attackBooks},
 	{"rollback", "somebody who has the signer's files", attackRollback},

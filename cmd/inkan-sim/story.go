@@ -17,13 +17,19 @@ func runDemo(ctx context.Context, out io.Writer, inkan string, hsm, approver, as
 		return err
 	}
 	defer w.end()
-	steps := []func(context.Context) error{w.bringUp, w.trade, w.attacks}
+	confined := func(ctx context.Context) error {
+		if err := w.bot.trade(ctx); err != nil {
+			return err
+		}
+		return w.bot.layers(ctx)
+	}
+	steps := []func(context.Context) error{w.makeBot, w.bringUp, w.trade, confined, w.attacks}
 	if approver {
 		w.withApprover = true
-		steps = []func(context.Context) error{w.bringUp, w.trade, w.attacksAsRoot}
+		steps = []func(context.Context) error{w.makeBot, w.bringUp, w.trade, confined, w.attacksAsRoot}
 	}
 	if hsm {
-		steps = []func(context.Context) error{w.makeToken, w.bringUp, w.trade, w.attacksOnToken}
+		steps = []func(context.Context) error{w.makeToken, w.makeBot, w.bringUp, w.trade, confined, w.attacksOnToken}
 	}
 	for _, step := range steps {
 		if err := step(ctx); err != nil {
@@ -31,6 +37,11 @@ func runDemo(ctx context.Context, out io.Writer, inkan string, hsm, approver, as
 		}
 	}
 	return w.finish()
+}
+
+func (w *world) makeBot(ctx context.Context) (err error) {
+	w.bot, err = newBot(ctx, w)
+	return err
 }
 
 func (w *world) bringUp(ctx context.Context) error {
@@ -50,6 +61,9 @@ func (w *world) bringUp(ctx context.Context) error {
 	}
 	w.title("3. The inventory: the device, the state it must be in, the agent and its scope")
 	if err := w.inventory(ctx); err != nil {
+		return err
+	}
+	if err := w.bot.add(ctx); err != nil {
 		return err
 	}
 	w.title("4. The signer makes its keys in the TPM, and has them certified after attestation")

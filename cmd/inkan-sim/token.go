@@ -70,7 +70,9 @@ func (w *world) sealPIN(ctx context.Context) error {
 		return err
 	}
 	w.plainURI = strings.Replace(w.keyURI, "file:"+w.hsm.PINFile, "file:"+stolen, 1)
-	w.keyURI = strings.Replace(w.keyURI, "file:"+w.hsm.PINFile, "sealed:"+w.path("pin.sealed"), 1)
+	for _, uri := range []*string{&w.keyURI, &w.bot.keyURI, &w.bot.tlsURI} {
+		*uri = strings.Replace(*uri, "file:"+w.hsm.PINFile, "sealed:"+w.path("pin.sealed"), 1)
+	}
 	w.hsm.PINFile = stolen
 	return w.signerConfig(map[string]string{"mm-07": w.inkan})
 }

@@ -31,6 +31,7 @@ type world struct {
 	signer    *process
 	keptJWS   string // signed and not shown to the venue yet
 	hsm       *simulator.SoftHSM
+	bot       *bot // the demo's agent under inkan run; nil elsewhere
 
 	withFaults bool // a module that does harm on demand stands before the token's
 	faults     *simulator.FaultModule
@@ -235,6 +236,9 @@ func (w *world) signerConfig(executables map[string]string) error {
 	fmt.Fprintf(&b, "socket: run/signer.sock\nstate_dir: state\ntpm: %s\nissuer:\n  url: https://%s\n  ca: issuer/ca.pem\nagents:\n", w.tpm.Address, w.addresses.Agent)
 	for _, a := range w.agents {
 		fmt.Fprintf(&b, "  - name: %s\n    max_concurrent: 1024\n    callers:\n      - user: \"%s\"\n        executable: %s\n%s", a, me.Uid, executables[a], w.keyLine())
+	}
+	if w.bot != nil {
+		b.WriteString(w.bot.signerEntry())
 	}
 	if w.withApprover {
 		b.WriteString("approvers:\n")

@@ -30,6 +30,7 @@ type gateConfig struct {
 	Audience         []string            `json:"audience"`                     // who this venue is
 	CRL              string              `json:"crl_url"`                      // the issuer's revocation list
 	MaxRevocationAge string              `json:"max_revocation_age,omitempty"` // 1h by default
+	RevocationReload string              `json:"revocation_reload,omitempty"`  // after what time the list is got again; a tenth of the above by default
 	ReplayDB         string              `json:"replay_db"`                    // file that remembers what was seen
 	Backend          string              `json:"backend"`                      // https URL, or http to a loopback address
 	Routes           string              `json:"routes"`                       // YAML file
@@ -96,12 +97,19 @@ func readGate(e *env, c *cli.Context) (g *gate.Gate, listen string, closer func(
 }
 
 func (f *gateConfig) gate() (*gate.Config, error) {
-	age := time.Hour
-	if f.MaxRevocationAge != "" {
-		var err error
-		if age, err = time.ParseDuration(f.MaxRevocationAge); err != nil || age <= 0 {
-			return nil, fmt.Errorf("max_revocation_age %.32q: a duration such as 1h is expected", f.MaxRevocationAge)
+	age, reload := time.Hour, time.Duration(0)
+	for _, d := range []struct {
+		name, text string
+		to         *time.Duration
+	}{{"max_revocation_age", f.MaxRevocationAge, &age}, {"revocation_reload", f.RevocationReload, &reload}} {
+		if d.text == "" {
+			continue
 		}
+		v, err := time.ParseDuration(d.text)
+		if err != nil || v <= 0 {
+			return nil, fmt.Errorf("%s %.32q: a duration such as 1h is expected", d.name, d.text)
+		}
+		*d.to = v
 	}
 	roots, err := readPool(f.CA)
 	if err != nil {
@@ -128,7 +136,7 @@ func (f *gateConfig) gate() (*gate.Config, error) {
 		return nil, fmt.Errorf("%s: %w", f.Routes, err)
 	}
 	config := &gate.Config{
-		Receiver: verify.Config{Audiences: f.Audience, Roots: roots, Revocation: &verify.CRL{Load: verify.HTTPLoader(f.CRL), MaxAge: age}},
+		Receiver: verify.Config{Audiences: f.Audience, Roots: roots, Revocation: &verify.CRL{Load: verify.HTTPLoader(f.CRL), MaxAge: age, Reload: reload}},
 		Routes:   routes, TrustDomain: f.TrustDomain, Backend: backend,
 		GetCertificate: func(*tls.ClientHelloInfo) (*tls.Certificate, error) {
 			pair, err := tls.LoadX509KeyPair(f.Certificate, f.Key)
