@@ -266,7 +266,7 @@ func (b *Book) free(l *limit, u *counted, m *measure) time.Time {
 	if m.series == nil {
 		return time.Time{}
 	}
-	w, c := m.window, m.window.first
+	w, c, after := m.window, m.window.first, m.sumAfter
 	var e entry
 	at := int64(0)
 	for n := 0; n < walk && m.series.next(&c, &e); n++ {
@@ -284,8 +284,7 @@ func (b *Book) free(l *limit, u *counted, m *measure) time.Time {
 			continue
 		}
 		at = e.at
-		m.sumAfter, _ = m.sumAfter.Sub(e.a)
-		if m.sumAfter.Cmp(l.sum) <= 0 {
+		if after, _ = after.Sub(e.a); after.Cmp(l.sum) <= 0 {
 			break
 		}
 	}
