@@ -49,12 +49,17 @@ func newDeskWith(t testing.TB, scopeJSON string) *desk {
 	if d.scope, err = scope.ParseCanonical([]byte(scopeJSON)); err != nil {
 		t.Fatal(err)
 	}
-	d.id = audit.Identity{Issuer: "CN=Test CA", Agent: d.agent.ID, Certificate: sha256.Sum256(d.agent.Chain[0].Raw), Scope: d.scope.Hash(), Evidence: "00", AttestedAt: time.Now(), Lifetime: 30 * time.Second}
+	d.id = identity(d)
 	d.open(t)
 	if err := d.log.AddCertificate(t.Context(), d.agent.Chain); err != nil {
 		t.Fatal(err)
 	}
 	return d
+}
+
+// identity is what stands in the desk's statements.
+func identity(d *desk) audit.Identity {
+	return audit.Identity{Issuer: "CN=Test CA", Agent: d.agent.ID, Certificate: sha256.Sum256(d.agent.Chain[0].Raw), Scope: d.scope.Hash(), Evidence: "00", AttestedAt: time.Now(), Lifetime: 30 * time.Second}
 }
 
 func (d *desk) open(t testing.TB) {
