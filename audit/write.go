@@ -76,6 +76,7 @@ type request struct {
 	// or a question:
 	usageOf *scope.Scope
 	usage   []scope.Utilisation
+	control *scope.Controls
 	// or the head to seal, or a seal's signed checkpoint:
 	seal *Seal
 	note string
@@ -148,10 +149,17 @@ func (l *Log) Event(ctx context.Context, e *scope.Event, id Identity) (scope.Cou
 	return scope.Counter(r.counter), r.err
 }
 
-// Usage returns what is used now of a scope's limits over time.
+// Usage returns what is used now of the limits over time: a certificate's, or
+// those of the policy that narrows it.
 func (l *Log) Usage(ctx context.Context, s *scope.Scope) ([]scope.Utilisation, error) {
 	r := l.send(ctx, &request{usageOf: s})
 	return r.usage, r.err
+}
+
+// Controls returns what is in force now beside a certificate with a scope.
+func (l *Log) Controls(ctx context.Context, s *scope.Scope) (*scope.Controls, error) {
+	r := l.send(ctx, &request{usageOf: s})
+	return r.control, r.err
 }
 
 // later is the later of two moments: time does not go back in a record.
@@ -320,7 +328,9 @@ func (l *Log) transact(group []*request) (Head, error) {
 		var err error
 		switch {
 		case r.usageOf != nil:
-			r.usage = l.book.Usage(r.usageOf, later(l.now(), head.Time))
+			at := later(l.now(), head.Time)
+			r.control = l.book.Controls(r.usageOf, at)
+			r.usage = l.book.Usage(l.book.Effective(r.usageOf, at), at)
 		case r.certificate != nil:
 			_, err = l.stmt.certificate.Exec(r.certificate, r.chain)
 		case r.start != nil:

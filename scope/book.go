@@ -52,12 +52,14 @@ type Book struct {
 	same, sameBefore map[[16]byte]int64
 	sameSince        int64
 
-	lasting Counter      // the last entry whose effect lasts
-	kills   []ActiveKill // in force
-	unknown time.Time    // of the last recovery: what was done before is not all known
+	lasting Counter         // the last entry whose effect lasts
+	kills   []ActiveKill    // in force
+	issued  map[string]bool // kills of the issuer that were ever taken over, by id
+	unknown time.Time       // of the last recovery: what was done before is not all known
 
-	policy   *Policy // in effect, expired or not
-	narrowed narrowed
+	policy      *Policy // in effect, expired or not
+	policyEvent Counter // the number of its entry
+	narrowed    narrowed
 }
 
 // trip is when a throttle disabled something: its refusal is the entry.

@@ -7,6 +7,7 @@ import (
 	"encoding/base64"
 	"errors"
 	"fmt"
+	"os"
 	"strings"
 	"testing"
 	"time"
@@ -478,4 +479,18 @@ func FuzzDocument(f *testing.F) {
 			t.Errorf("%+v", x)
 		}
 	})
+}
+
+// TestControlsDocumented: docs/controls.md has every rule's line.
+func TestControlsDocumented(t *testing.T) {
+	b, err := os.ReadFile("../docs/controls.md")
+	if err != nil {
+		t.Fatal(err)
+	}
+	for _, rule := range []scope.Rule{scope.RuleKill, scope.RuleKillKnown, scope.RuleRearmUnknown, scope.RulePolicyWider, scope.RulePolicyVersion, scope.RulePolicyExpired, scope.RuleApproval,
+		scope.RuleAuthorizationAction, scope.RuleAuthorizationHard, scope.RuleAuthorizationTwice, scope.RuleControlForm, scope.RuleControlKey, scope.RuleControlPower, scope.RuleControlSignature, scope.RuleControlAgent, scope.RuleControlTime} {
+		if !strings.Contains(string(b), "\n| `"+string(rule)+"` | ") {
+			t.Errorf("docs/controls.md has no line for %s", rule)
+		}
+	}
 }

@@ -23,6 +23,7 @@ const TypeRearm = "agent-rearm+jws"
 // Rules of the kill function.
 const (
 	RuleKill         Rule = "kill"          // a kill is in force, and this is no cancel
+	RuleKillKnown    Rule = "kill_known"    // the issuer's kill was taken over before
 	RuleRearmUnknown Rule = "rearm_unknown" // nothing that this entry stopped is stopped now
 )
 

@@ -149,7 +149,9 @@ func (p *Policy) admits(b *Book, s *Scope, st *Statement) *Refusal {
 	return nil
 }
 
-func (p *Policy) apply(b *Book, _ *Statement) { b.policy, b.narrowed = p, narrowed{} }
+func (p *Policy) apply(b *Book, st *Statement) {
+	b.policy, b.policyEvent, b.narrowed = p, st.Counter, narrowed{}
+}
 
 // Policy returns the policy in effect, expired or not; nil: there is none.
 func (b *Book) Policy() *Policy { return b.policy }

@@ -47,6 +47,9 @@ type Agent struct {
 	device    func() DeviceStatus // nil: not known
 	testify   func() error        // nil: the device cannot
 	logger    *slog.Logger
+
+	policy      string                // file; empty: policies come from operators alone
+	policyError atomic.Pointer[error] // why the file was not taken over
 }
 
 // credential is a certificate and all that is derived from it once.
@@ -113,8 +116,9 @@ type Signed struct {
 
 // Act has an action signed, if the agent's scope allows it. Step 1, who asks,
 // is the server's; run says how that process was started, nil where it is not
-// confined. A refusal is a *scope.Refusal, and stands in the record.
-func (a *Agent) Act(ctx context.Context, body []byte, run *scope.Run) (*Signed, error) {
+// confined, and authorizations are what controllers signed for the action. A
+// refusal is a *scope.Refusal, and stands in the record.
+func (a *Agent) Act(ctx context.Context, body []byte, run *scope.Run, authorizations []string) (*Signed, error) {
 	cred := a.current.Load()
 	if cred == nil {
 		return nil, &scope.Refusal{Rule: RuleNoCertificate, Message: "the agent has no certificate yet: see the signer's log"}
@@ -136,7 +140,7 @@ func (a *Agent) Act(ctx context.Context, body []byte, run *scope.Run) (*Signed, 
 		return nil, a.refuse(ctx, action, &scope.Refusal{Rule: scope.RuleCertificateExpired, Limit: leaf.NotAfter.UTC().Format(time.RFC3339),
 			Message: "the agent's certificate expired at " + leaf.NotAfter.UTC().Format(time.RFC3339) + ": see the signer's log for why it was not renewed"}, cred, run)
 	}
-	env := scope.Env{Now: now, AttestedAt: cred.action.Attestation.Time, Run: run}
+	env := scope.Env{Now: now, AttestedAt: cred.action.Attestation.Time, Run: run, Agent: cred.action.Agent, Authorizations: authorizations}
 	if env.Reference, err = a.prices.find(action.Instrument()); err != nil {
 		return nil, a.refuse(ctx, action, &scope.Refusal{Rule: scope.RuleReferenceMissing, Message: err.Error()}, cred, run)
 	}

@@ -77,6 +77,7 @@ type AgentConfig struct {
 	StatementLifetime string         `json:"statement_lifetime,omitempty"`  // 30s by default, at most 5m
 	ReferencePrices   string         `json:"reference_prices,omitempty"`    // file
 	ReferenceKey      string         `json:"reference_key,omitempty"`       // PEM file: the prices are a JWS by this key
+	Policy            string         `json:"policy,omitempty"`              // file with a signed policy, taken over when it changes
 	MaxConcurrent     int            `json:"max_concurrent,omitzero"`       // requests at a time, 64 by default
 	CheckpointEvery   string         `json:"checkpoint_interval,omitempty"` // how often the record's head is signed, 10m by default
 	RollbackInterval  string         `json:"rollback_interval,omitempty"`   // how often the record is bound to the TPM's counter, 1s by default; 0s: before each answer
@@ -199,6 +200,7 @@ func (c *Config) validate(dir string) error {
 		seen[a.Name] = true
 		below(&a.ReferencePrices)
 		below(&a.ReferenceKey)
+		below(&a.Policy)
 		if err := a.validate(below); err != nil {
 			return fmt.Errorf("agent %.80q: %w", a.Name, err)
 		}

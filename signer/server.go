@@ -55,6 +55,7 @@ func (s *Signer) Serve(ctx context.Context, ready func()) error {
 		var wg sync.WaitGroup
 		wg.Go(func() { s.renewAll(renewals) })
 		wg.Go(func() { s.checkpointAll(renewals) })
+		wg.Go(func() { s.watchControls(renewals) })
 		wg.Wait()
 	}()
 
@@ -199,6 +200,7 @@ type AgentInfo struct {
 	Entries     uint64    `json:"entries"`     // in the record
 
 	Utilisation []scope.Utilisation `json:"utilisation"` // of the limits over time, now
+	Controls    scope.Controls      `json:"controls"`    // kills and policy in force
 }
 
 // Receipt is what an agent can ask about an action.
@@ -223,6 +225,9 @@ func (s *Signer) handler() http.Handler {
 	mux.HandleFunc("GET /v1/status", s.asOperator(func(w http.ResponseWriter, r *http.Request) {
 		problem.JSON(w, http.StatusOK, s.status(r.Context()))
 	}))
+	mux.HandleFunc("POST /v1/kill", s.asOperator(s.kill))
+	mux.HandleFunc("POST /v1/rearm", s.asOperator(s.document(scope.EventRearm, rearmAgent)))
+	mux.HandleFunc("POST /v1/policy", s.asOperator(s.document(scope.EventPolicy, policyAgent)))
 	mux.HandleFunc("POST /v1/acknowledgements", s.asOperator(s.acknowledge))
 	mux.HandleFunc("GET /v1/receipts/{id}", s.as(func(w http.ResponseWriter, r *http.Request, a *Agent) {
 		id := r.PathValue("id")
@@ -402,7 +407,7 @@ func (s *Signer) act(w http.ResponseWriter, r *http.Request, a *Agent) {
 		return
 	}
 	run, _ := r.Context().Value(runKey{}).(*scope.Run)
-	signed, err := a.Act(r.Context(), body, run)
+	signed, err := a.Act(r.Context(), body, run, r.Header.Values(AuthorizationHeader))
 	if err != nil {
 		s.fail(w, err)
 		return
@@ -415,7 +420,7 @@ func (s *Signer) fail(w http.ResponseWriter, err error) {
 	if r, ok := errors.AsType[*scope.Refusal](err); ok {
 		status := http.StatusForbidden
 		switch r.Rule {
-		case scope.RuleForm:
+		case scope.RuleForm, scope.RuleControlForm:
 			status = http.StatusBadRequest
 		case RuleNoCertificate, RuleDevice, RuleNoApprover, scope.RuleRollback:
 			status = http.StatusServiceUnavailable

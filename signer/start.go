@@ -146,6 +146,9 @@ func (c *Config) protected() []string {
 		if a.ReferencePrices != "" {
 			out = append(out, a.ReferencePrices)
 		}
+		if a.Policy != "" {
+			out = append(out, a.Policy)
+		}
 		for _, uri := range []string{a.Key, a.TLSKey} {
 			// RFC 7512: the PIN's file is in the query of the URI.
 			_, query, _ := strings.Cut(uri, "?")

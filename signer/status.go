@@ -40,6 +40,8 @@ type AgentStatus struct {
 	// Rollback says what the record is bound to.
 	Rollback audit.Anchoring `json:"rollback"`
 	Error    string          `json:"error,omitzero"` // why it signs nothing now
+
+	PolicyError string `json:"policy_error,omitzero"` // why the policy file was not taken over
 }
 
 // info is what the agent itself may see.
@@ -52,12 +54,16 @@ func (a *Agent) info(ctx context.Context) (*AgentInfo, error) {
 	if err != nil {
 		return nil, err
 	}
+	controls, err := a.log.Controls(ctx, c.scope)
+	if err != nil {
+		return nil, err
+	}
 	var text strings.Builder
 	for _, crt := range c.chain {
 		_ = pem.Encode(&text, &pem.Block{Type: "CERTIFICATE", Bytes: crt.Raw}) // a Builder takes everything
 	}
 	return &AgentInfo{Name: a.name, ID: c.action.Agent, Certificate: text.String(), NotAfter: c.chain[0].NotAfter.UTC(),
-		Scope: string(c.scope.Canonical()), Description: c.scope.Describe(), Entries: a.log.Head().Size, Utilisation: usage}, nil
+		Scope: string(c.scope.Canonical()), Description: c.scope.Describe(), Entries: a.log.Head().Size, Utilisation: usage, Controls: *controls}, nil
 }
 
 // status of all agents, in the order of the configuration.
@@ -75,6 +81,9 @@ func (s *Signer) status(ctx context.Context) *Status {
 		if x.Rollback = a.log.Anchoring(); x.Rollback.Finding != nil {
 			x.Error = "the record may not be all that was recorded: " + x.Rollback.Finding.Found
 		}
+		if e := a.policyError.Load(); e != nil && *e != nil {
+			x.PolicyError = (*e).Error()
+		}
 		if a.device != nil {
 			d := a.device()
 			x.Device = &d
@@ -91,6 +100,9 @@ var (
 	agentLabel = []string{"agent"}
 
 	limitRatio       = prometheus.NewDesc("inkan_signer_limit_used_ratio", "what is used of a limit over time, from 0 to 1", []string{"agent", "limit", "key", "window"}, nil)
+	killsInForce     = prometheus.NewDesc("inkan_signer_kills", "kills in force: above 0 only cancels pass, at a venue or at all", agentLabel, nil)
+	policyEnds       = prometheus.NewDesc("inkan_signer_policy_expires_seconds", "end of the policy in effect, in seconds since 1970; then only cancels pass", agentLabel, nil)
+	policyVersion    = prometheus.NewDesc("inkan_signer_policy_version", "version of the policy in effect", agentLabel, nil)
 	workerGeneration = prometheus.NewDesc("inkan_signer_token_generation", "worker processes started for the agent's token", agentLabel, nil)
 	workerUp         = prometheus.NewDesc("inkan_signer_token_worker_up", "1 if the worker process of the agent's token runs", agentLabel, nil)
 	breakerOpen      = prometheus.NewDesc("inkan_signer_token_breaker_open", "1 if calls of the agent's token are refused at once", agentLabel, nil)
@@ -100,7 +112,7 @@ var (
 )
 
 func (c *statusCollector) Describe(ch chan<- *prometheus.Desc) {
-	for _, d := range []*prometheus.Desc{limitRatio, workerGeneration, workerUp, breakerOpen, tokenFailures, tokenLatency, recordFound} {
+	for _, d := range []*prometheus.Desc{limitRatio, killsInForce, policyEnds, policyVersion, workerGeneration, workerUp, breakerOpen, tokenFailures, tokenLatency, recordFound} {
 		ch <- d
 	}
 }
@@ -115,6 +127,11 @@ func (c *statusCollector) Collect(ch chan<- prometheus.Metric) {
 		return 0
 	}
 	for _, a := range c.signer.status(ctx).Agents {
+		ch <- prometheus.MustNewConstMetric(killsInForce, prometheus.GaugeValue, float64(len(a.Controls.Kills)), a.Name)
+		if p := a.Controls.Policy; p != nil {
+			ch <- prometheus.MustNewConstMetric(policyEnds, prometheus.GaugeValue, float64(p.Expires.Unix()), a.Name)
+			ch <- prometheus.MustNewConstMetric(policyVersion, prometheus.GaugeValue, float64(p.Version), a.Name)
+		}
 		for _, u := range a.Utilisation {
 			ch <- prometheus.MustNewConstMetric(limitRatio, prometheus.GaugeValue, u.Ratio(), a.Name, string(u.Limit), u.Key, u.Window.String())
 		}

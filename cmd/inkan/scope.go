@@ -40,6 +40,8 @@ func scopeCommand(e *env) *cli.Command {
 			}},
 			{Name: "contains", Usage: "check that one scope allows nothing that another does not; exit code 3 when it does", Flags: flags(&cli.StringFlag{Name: "inner", Usage: "`FILE` with the narrower scope"}),
 				Action: func(c *cli.Context) error { return scopeContains(e, c) }},
+			{Name: "key", Usage: "print a controller's public key as scopes state it", Flags: []cli.Flag{jsonFlag(), &cli.StringFlag{Name: "key", Usage: "`URI` of the key: file:, tpm: or pkcs11:"}},
+				Action: func(c *cli.Context) error { return scopeKey(e, c) }},
 			{Name: "schema", Usage: "print the JSON Schema of a document", Flags: []cli.Flag{&cli.StringFlag{Name: "of", Value: "scope", Usage: "scope, action or statement"}}, Action: func(c *cli.Context) error {
 				b, err := scope.Schema(c.String("of"))
 				if err != nil {

@@ -15,6 +15,7 @@ func signCommand(e *env) *cli.Command {
 		Usage: "have an action signed; exit code 3 when it is refused",
 		Flags: signerFlags(jsonFlag(),
 			&cli.StringFlag{Name: "action", Usage: "JSON `FILE` with the action; - is standard input"},
+			&cli.StringSliceFlag{Name: "authorization", Usage: "`FILE` with an override or approval of exactly this action; may be given several times"},
 			&cli.BoolFlag{Name: "new-id", Usage: "give the action a fresh id, whatever the file has"},
 		),
 		Action: func(c *cli.Context) error {
@@ -35,7 +36,15 @@ func signCommand(e *env) *cli.Command {
 			if err != nil {
 				return err
 			}
-			signed, err := to.SignJSON(c.Context, b)
+			var authorizations []string
+			for _, path := range c.StringSlice("authorization") {
+				text, err := e.readDocument(path)
+				if err != nil {
+					return err
+				}
+				authorizations = append(authorizations, text)
+			}
+			signed, err := to.SignJSON(c.Context, b, authorizations...)
 			if err != nil {
 				return refusedOr(err)
 			}

@@ -70,6 +70,7 @@ func printStatus(w io.Writer, s *signer.Status) {
 		if d := a.Device; d != nil {
 			fmt.Fprintf(w, "  device       %s\n", describeDevice(d))
 		}
+		printControls(w, &a)
 		width := 0
 		for _, u := range a.Utilisation {
 			width = max(width, utf8.RuneCountInString(limitName(u)))
@@ -90,6 +91,26 @@ func describeAnchoring(a *audit.Anchoring) string {
 		return fmt.Sprintf("%d entries are bound to the TPM's counter; the last try failed: %s", a.Entries, a.Error)
 	}
 	return fmt.Sprintf("%d entries are bound to the TPM's counter, which is %d", a.Entries, a.Value)
+}
+
+// printControls says what is in force beside the certificate.
+func printControls(w io.Writer, a *signer.AgentStatus) {
+	for _, k := range a.Controls.Kills {
+		what := "ONLY CANCELS PASS"
+		if k.Venue != "" {
+			what += " at " + k.Venue
+		}
+		fmt.Fprintf(w, "  %s: killed (%s) since %s by %s: %s (entry %d)\n", what, k.Scope, k.Since.Time.Format(time.RFC3339), k.By, k.Reason, k.Event)
+	}
+	if p := a.Controls.Policy; p != nil {
+		fmt.Fprintf(w, "  policy       version %d until %s (entry %d)\n", p.Version, p.Expires.Format(time.RFC3339), p.Event)
+		if p.Error != "" {
+			fmt.Fprintf(w, "  ONLY CANCELS PASS: %s\n", p.Error)
+		}
+	}
+	if a.PolicyError != "" {
+		fmt.Fprintf(w, "  policy file  NOT TAKEN OVER: %s\n", a.PolicyError)
+	}
 }
 
 func remaining(d time.Duration) string {

@@ -74,18 +74,31 @@ func NewID() string {
 // Sign has an action signed. A refusal is a *[problem.Problem] whose Rule
 // names what refused. The same action may be sent again after a failure: its
 // id makes sure that it is recorded once.
-func (c *Client) Sign(ctx context.Context, a *scope.Action) (*Signed, error) {
+func (c *Client) Sign(ctx context.Context, a *scope.Action, authorizations ...string) (*Signed, error) {
 	b, err := a.Canonical()
 	if err != nil {
 		return nil, err
 	}
-	return c.SignJSON(ctx, b)
+	return c.SignJSON(ctx, b, authorizations...)
 }
 
+// authorizationHeader carries what a controller signed for an action.
+const authorizationHeader = "Agent-Authorization"
+
 // SignJSON is Sign for an action in JSON, which it does not look into.
-func (c *Client) SignJSON(ctx context.Context, action []byte) (*Signed, error) {
+// authorizations are what controllers signed for it: an override, an approval.
+func (c *Client) SignJSON(ctx context.Context, action []byte, authorizations ...string) (*Signed, error) {
 	var out Signed
-	return &out, c.call(ctx, http.MethodPost, "/v1/actions", action, &out)
+	return &out, c.do(ctx, http.MethodPost, "/v1/actions", http.Header{authorizationHeader: authorizations}, action, &out)
+}
+
+// Post sends an operator's request, such as /v1/kill, as JSON, and reads the answer into out.
+func (c *Client) Post(ctx context.Context, path string, v, out any) error {
+	body, err := strictjson.Marshal(v)
+	if err != nil {
+		return err
+	}
+	return c.call(ctx, http.MethodPost, path, body, out)
 }
 
 // Checkpoint has the device sign the head of the agent's record, into out.
@@ -139,9 +152,16 @@ func (c *Client) Acknowledge(ctx context.Context, agent string, list ...*scope.A
 }
 
 func (c *Client) call(ctx context.Context, method, path string, body []byte, out any) error {
+	return c.do(ctx, method, path, nil, body, out)
+}
+
+func (c *Client) do(ctx context.Context, method, path string, header http.Header, body []byte, out any) error {
 	req, err := http.NewRequestWithContext(ctx, method, c.base+path, bytes.NewReader(body))
 	if err != nil {
 		return err
+	}
+	if header != nil {
+		req.Header = header
 	}
 	req.Header.Set("Content-Type", "application/json")
 	if c.token != nil {
