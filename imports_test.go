@@ -30,6 +30,7 @@ var allowed = map[string][]string{
 	"internal/certext":    {"internal/strictjson"},
 	"internal/durable":    {},
 	"internal/forge":      {"attest", "internal/attester", "github.com/google/go-tpm"},
+	"internal/httpsig":    {"internal/jws", "github.com/dunglas/httpsfv"},
 	"internal/jws":        {"internal/strictjson"},
 	"internal/keyuri":     {"hsm", "tpm"},
 	"internal/problem":    {"internal/strictjson"},
