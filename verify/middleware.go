@@ -49,7 +49,12 @@ func (r *Receiver) Middleware(maxBody int64, next http.Handler) http.Handler {
 			fail(w, refuse(ReasonBody, "the body could not be read"))
 			return
 		}
-		v, err := r.VerifyArrival(req.Context(), []byte(values[0]), Arrival{Body: &Body{Format: scope.NativeHTTPBody, SHA256: sha256.Sum256(body)}, From: from})
+		agent, err := r.checkRequest(req, body)
+		if err != nil {
+			fail(w, err)
+			return
+		}
+		v, err := r.VerifyArrival(req.Context(), []byte(values[0]), Arrival{Body: &Body{Format: scope.NativeHTTPBody, SHA256: sha256.Sum256(body)}, From: from, Agent: agent})
 		if err != nil {
 			fail(w, err)
 			return
@@ -81,7 +86,7 @@ func fail(w http.ResponseWriter, err error) {
 	switch r.Reason {
 	case ReasonForm, ReasonHeader:
 		status = http.StatusBadRequest
-	case ReasonCertificate, ReasonExpired, ReasonRevoked, ReasonSignature:
+	case ReasonCertificate, ReasonExpired, ReasonRevoked, ReasonSignature, ReasonRequestSignature:
 		status = http.StatusUnauthorized
 	case ReasonRevocation, ReasonStore:
 		status = http.StatusServiceUnavailable

@@ -29,6 +29,8 @@ const (
 
 	ReasonSourceNetwork Reason = "source_network"
 	ReasonSourceRegion  Reason = "source_region"
+
+	ReasonRequestSignature Reason = "request_signature"
 )
 
 // Reasons says what each reason means and the number of the check that gives
@@ -59,6 +61,7 @@ var Reasons = []struct {
 	{ReasonAttestation, 14, "the evidence behind the certificate is too old"},
 	{ReasonSourceNetwork, 17, "the scope names networks, and the request does not come from one of them"},
 	{ReasonSourceRegion, 17, "the scope names regions, and the request is not known to come from one of them"},
+	{ReasonRequestSignature, 18, "the request's own signature is missing where it is required, does not verify, or is another agent's than the action"},
 }
 
 // Refusal says why a receiver refuses. Detail is for a person; Reason decides.

@@ -46,7 +46,10 @@ type Config struct {
 	// Forwarding says which proxies stand before Middleware; without it the TCP peer
 	// is where a request comes from.
 	Forwarding *source.Forwarding
-	Now        func() time.Time // time.Now by default
+	// RequestSignature is what Middleware wants of requests' own signatures; without it
+	// they are not looked at.
+	RequestSignature *RequestSignature
+	Now              func() time.Time // time.Now by default
 }
 
 // Receiver verifies signed actions. It is safe for concurrent use.
@@ -95,6 +98,9 @@ func NewReceiver(c Config) (*Receiver, error) {
 			*d.d = d.standard
 		}
 	}
+	if c.RequestSignature != nil && c.RequestSignature.Key == nil {
+		return nil, errors.New("receiver: RequestSignature.Key is missing: PeerKey takes that of the TLS client certificate")
+	}
 	if err := c.Forwarding.Validate(); err != nil {
 		return nil, fmt.Errorf("receiver: %w", err)
 	}
@@ -123,6 +129,9 @@ type Body struct {
 type Arrival struct {
 	Body *Body      // the native message that arrived with it; nil: there is none
 	From netip.Addr // where it comes from; the zero value: not known, so a scope that names places refuses it
+	// Agent is whose the request is, as it was proven otherwise: a SPIFFE ID. An action of
+	// another agent is refused. Empty: not known.
+	Agent string
 	// Agrees says why the message that arrived says something else than the action
 	// (check 10); nil if it does not. It gets an action whose signature verified. A nil
 	// Agrees leaves that check to the caller.
@@ -171,6 +180,10 @@ func (r *Receiver) VerifyArrival(ctx context.Context, compact []byte, arrived Ar
 	st, err := cred.statement(m.Payload)
 	if err != nil {
 		return nil, err
+	}
+
+	if arrived.Agent != "" && arrived.Agent != st.Agent {
+		return nil, refuse(ReasonRequestSignature, "the request was signed by %s, the action is of %s", arrived.Agent, st.Agent)
 	}
 
 	// 6. Audience.

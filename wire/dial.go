@@ -14,6 +14,7 @@ import (
 	"sync/atomic"
 	"time"
 
+	"inkan/internal/httpsig"
 	"inkan/scope"
 )
 
@@ -173,6 +174,10 @@ func (d *Dialer) Transport(idle int) *Transport { return &Transport{dialer: d, i
 
 // Transport is an http.RoundTripper.
 type Transport struct {
+	// SignRequests has the device sign each request that carries an action (RFC 9421;
+	// docs/protocol.md). Set it before the first request.
+	SignRequests bool
+
 	dialer *Dialer
 	idle   int
 	now    atomic.Pointer[transport]
@@ -198,6 +203,11 @@ func (t *Transport) RoundTrip(req *http.Request) (*http.Response, error) {
 			_ = req.Body.Close() // as a RoundTripper must
 		}
 		return nil, err
+	}
+	if t.SignRequests && len(req.Header.Values(httpsig.AgentAction)) > 0 {
+		if req, err = t.dialer.identity.sign(req); err != nil {
+			return nil, err
+		}
 	}
 	res, err := t.current().RoundTrip(req)
 	if err != nil {

@@ -35,6 +35,7 @@ type gateConfig struct {
 	Backend          string              `json:"backend"`                      // https URL, or http to a loopback address
 	Routes           string              `json:"routes"`                       // YAML file
 	Regions          string              `json:"regions,omitempty"`            // geofeed or MMDB file, for scopes with source_regions; read anew when it changes
+	RequestSignature string              `json:"request_signature,omitempty"`  // checked, if it is there, or required (RFC 9421); not looked at by default
 	Agents           map[string][]string `json:"agents,omitempty"`             // SPIFFE IDs and the networks they come from; without it every agent of the CA may come
 }
 
@@ -142,6 +143,13 @@ func (f *gateConfig) gate() (*gate.Config, error) {
 			pair, err := tls.LoadX509KeyPair(f.Certificate, f.Key)
 			return &pair, err
 		},
+	}
+	switch f.RequestSignature {
+	case "":
+	case "checked", "required":
+		config.Receiver.RequestSignature = &verify.RequestSignature{Key: verify.PeerKey, Required: f.RequestSignature == "required"}
+	default:
+		return nil, fmt.Errorf("request_signature %.16q: checked or required is expected", f.RequestSignature)
 	}
 	if f.Regions != "" {
 		if config.Receiver.Regions, err = source.Open(f.Regions); err != nil {

@@ -3,6 +3,7 @@ package main
 import (
 	"bytes"
 	"context"
+	"crypto"
 	"crypto/ecdsa"
 	"crypto/elliptic"
 	"crypto/rand"
@@ -24,6 +25,7 @@ import (
 	"testing"
 	"time"
 
+	"inkan/internal/httpsig"
 	"inkan/internal/jws"
 	"inkan/internal/testca"
 	"inkan/scope"
@@ -131,12 +133,12 @@ func TestGateCommand(t *testing.T) {
 	defer lists.Close()
 	backend := httptest.NewServer(http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) { fmt.Fprint(w, r.Header.Get("Agent-Id")) }))
 	defer backend.Close()
-	config := fmt.Sprintf("listen: 127.0.0.1:0\ncertificate: gate.pem\nkey: gate.key\nca: ca.pem\ntrust_domain: example.org\naudience: [XPAR]\ncrl_url: %s\nreplay_db: seen.db\nbackend: %s\nroutes: routes.yaml\nagents: {'spiffe://example.org/agent/a': ['127.0.0.0/8']}\n", lists.URL, backend.URL)
+	config := fmt.Sprintf("listen: 127.0.0.1:0\ncertificate: gate.pem\nkey: gate.key\nca: ca.pem\ntrust_domain: example.org\naudience: [XPAR]\ncrl_url: %s\nreplay_db: seen.db\nbackend: %s\nroutes: routes.yaml\nrequest_signature: checked\nagents: {'spiffe://example.org/agent/a': ['127.0.0.0/8']}\n", lists.URL, backend.URL)
 	path := writeFile(t, filepath.Join(dir, "gate.yaml"), []byte(config))
 	if code, _, errs := call("", "gate", "check", "--config", path); code != 0 {
 		t.Fatalf("check: exit code %d: %s", code, errs)
 	}
-	for name, text := range map[string]string{"unknown member": config + "x: y\n", "backend is missing": strings.Replace(config, "backend: "+backend.URL+"\n", "", 1), "ends in .csv": config + "regions: routes.yaml\n", "a prefix such as": strings.Replace(config, "127.0.0.0/8", "here", 1)} {
+	for name, text := range map[string]string{"unknown member": config + "x: y\n", "backend is missing": strings.Replace(config, "backend: "+backend.URL+"\n", "", 1), "ends in .csv": config + "regions: routes.yaml\n", "checked or required": strings.Replace(config, "checked", "sometimes", 1), "a prefix such as": strings.Replace(config, "127.0.0.0/8", "here", 1)} {
 		if code, _, errs := call("", "gate", "check", "--config", writeFile(t, filepath.Join(dir, "bad.yaml"), []byte(text))); code == 0 || !strings.Contains(errs, name) {
 			t.Errorf("want something about %q: exit code %d: %s", name, code, errs)
 		}
@@ -152,6 +154,7 @@ func TestGateCommand(t *testing.T) {
 	if err := json.NewDecoder(r).Decode(&ready); err != nil {
 		t.Fatal(err)
 	}
+	var change func(*http.Request) // before it is sent
 	post := func(certificates []tls.Certificate, jws string, body []byte) (int, string) {
 		t.Helper()
 		c := &http.Client{Transport: &http.Transport{TLSClientConfig: &tls.Config{RootCAs: ca.Roots, Certificates: certificates}, DisableKeepAlives: true}, Timeout: 10 * time.Second}
@@ -161,6 +164,9 @@ func TestGateCommand(t *testing.T) {
 		}
 		req.Header.Set("Agent-Action", jws)
 		req.Header.Set("Content-Type", "application/json")
+		if change != nil {
+			change(req)
+		}
 		res, err := c.Do(req)
 		if err != nil {
 			return 0, err.Error()
@@ -190,6 +196,20 @@ func TestGateCommand(t *testing.T) {
 		if status, text := post(c.certificates, c.jws, c.body); status == 200 || !strings.Contains(text, c.reason) {
 			t.Errorf("%s: %d %s", name, status, text)
 		}
+	}
+	// The request's own signature is checked where it is there.
+	change = func(r *http.Request) {
+		if err := httpsig.Sign(r, body, agentTLS.PrivateKey.(crypto.Signer), time.Now()); err != nil {
+			t.Fatal(err)
+		}
+	}
+	if status, text := post(mine, signedFor(t, a, 5, body), body); status != 200 {
+		t.Errorf("a signed request: %d %s", status, text)
+	}
+	sign := change
+	change = func(r *http.Request) { sign(r); r.Header.Set("Signature", "agent=:AAAA:") }
+	if status, text := post(mine, signedFor(t, a, 6, body), body); status != 401 || !strings.Contains(text, `"reason":"request_signature"`) {
+		t.Errorf("a request with another signature: %d %s", status, text)
 	}
 	stop()
 	if code := <-ended; code != 0 {

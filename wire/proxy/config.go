@@ -47,6 +47,7 @@ type ListenerConfig struct {
 	MaxConnections int      `json:"max_connections,omitzero"` // at a time; 256 by default
 	MaxBody        int64    `json:"max_body,omitzero"`        // http: bytes of a request's body; 1 MiB by default
 	AnswerTimeout  string   `json:"answer_timeout,omitempty"` // http: until the answer begins; 60s by default
+	SignRequests   bool     `json:"sign_requests,omitzero"`   // http: sign those that carry an action with the TLS key too (RFC 9421)
 	IdleTimeout    string   `json:"idle_timeout,omitempty"`   // tcp: without a byte either way; none by default
 	answer, idle   time.Duration
 	host           string
@@ -164,6 +165,9 @@ func (l *ListenerConfig) validate() error {
 		}
 	} else if l.Protocol == TCP {
 		return errors.New("upstream is missing: bytes do not say where they go")
+	}
+	if l.SignRequests && l.Protocol != HTTP {
+		return errors.New("sign_requests is for the protocol http")
 	}
 	if l.MaxConnections == 0 {
 		l.MaxConnections = 256

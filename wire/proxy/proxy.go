@@ -68,8 +68,10 @@ type Proxy struct {
 // New makes a proxy. owners is for a listener on the loopback.
 func New(l *ListenerConfig, agent string, d *wire.Dialer, owners *caller.Owners, m *Metrics, log *slog.Logger) *Proxy {
 	p := &Proxy{config: l, dialer: d, owners: owners, metrics: m.agent(agent), log: log.With("agent", agent, "listener", l.Listen), tunnels: make(map[*tunnel]struct{})}
+	upstream := d.Transport(l.MaxConnections)
+	upstream.SignRequests = l.SignRequests
 	p.http = &httputil.ReverseProxy{
-		Transport: &bounded{d.Transport(l.MaxConnections), l.answer}, Rewrite: rewrite, ErrorHandler: p.failed, BufferPool: buffers{},
+		Transport: &bounded{upstream, l.answer}, Rewrite: rewrite, ErrorHandler: p.failed, BufferPool: buffers{},
 		ErrorLog: slog.NewLogLogger(p.log.Handler(), slog.LevelDebug), // answers that an agent did not wait for
 	}
 	return p
@@ -359,7 +361,7 @@ func (p *Proxy) failed(w http.ResponseWriter, req *http.Request, err error) {
 
 // statuses of refusals by their rules.
 var statuses = map[scope.Rule]int{
-	RuleCaller: http.StatusForbidden, scope.RuleDestinations: http.StatusForbidden, RuleRequest: http.StatusBadRequest, RuleSize: http.StatusRequestEntityTooLarge,
+	RuleCaller: http.StatusForbidden, scope.RuleDestinations: http.StatusForbidden, RuleRequest: http.StatusBadRequest, wire.RuleRequestSignature: http.StatusBadRequest, RuleSize: http.StatusRequestEntityTooLarge,
 	RuleLimit: http.StatusServiceUnavailable, wire.RuleNoCertificate: http.StatusServiceUnavailable, wire.RuleDevice: http.StatusServiceUnavailable,
 	wire.RuleTLS: http.StatusBadGateway, wire.RuleUnreachable: http.StatusBadGateway,
 }
