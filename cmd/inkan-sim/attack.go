@@ -22,6 +22,7 @@ var families = []family{
 	{"network", "on the wire: the agent unconfined, every action properly signed", attackNetwork},
 	{"application", "on the signed action: the agent unconfined, on its own TLS connection", attackApplication},
 	{"limits", "an agent that wants more than its limits give", attackLimits},
+	{"controls", "an agent, or who has a key that may less, against policy, override, approval, kill and re-arm", attackControls},
 	{"books", "root signs with the agent's key in local mode, and an auditor looks afterwards", attackBooks},
 	{"rollback", "somebody who has the signer's files", attackRollback},
 	{"root", "root on the host of an agent in approver mode, against the TPM and the approver", attackRoot},
