@@ -14,7 +14,7 @@ import (
 // library: packages of this module by their path below it, others by module.
 // A package that is not named here fails the test. docs/design.md gives the reasons.
 var allowed = map[string][]string{
-	"approver":            {"attest", "scope", "verify", "verify/source", "internal/certext", "internal/httpsig", "internal/jws", "internal/problem", "internal/strictjson", "github.com/jackc/pgx/v5", "modernc.org/sqlite", "github.com/prometheus/client_golang"},
+	"approver":            {"attest", "scope", "verify", "verify/source", "internal/certext", "internal/httpsig", "internal/jws", "internal/problem", "internal/strictjson", "internal/postgres", "github.com/jackc/pgx/v5", "modernc.org/sqlite", "github.com/prometheus/client_golang"},
 	"approver/client":     {"internal/problem", "internal/strictjson"},
 	"attest":              {"internal/strictjson", "github.com/google/go-tpm"},
 	"audit":               {"scope", "internal/certext", "internal/jws", "internal/strictjson", "golang.org/x/mod", "golang.org/x/sys", "modernc.org/sqlite"},
@@ -33,6 +33,7 @@ var allowed = map[string][]string{
 	"internal/httpsig":    {"internal/jws", "github.com/dunglas/httpsfv"},
 	"internal/jws":        {"internal/strictjson"},
 	"internal/keyuri":     {"hsm", "tpm"},
+	"internal/postgres":   {"github.com/jackc/pgx/v5"},
 	"internal/problem":    {"internal/strictjson"},
 	"internal/strictjson": {"github.com/go-json-experiment/json", "go.yaml.in/yaml/v3"},
 	"internal/testca":     {"internal/certext"},
@@ -44,6 +45,7 @@ var allowed = map[string][]string{
 	"simulator":           {},
 	"tpm":                 {"attest", "github.com/foxboron/go-tpm-keyfiles", "github.com/google/go-tpm"},
 	"verify":              {"scope", "verify/source", "internal/certext", "internal/httpsig", "internal/jws", "internal/problem", "golang.org/x/crypto", "modernc.org/sqlite"},
+	"verify/postgres":     {"verify", "internal/postgres"},
 	"verify/source":       {"scope", "github.com/oschwald/maxminddb-golang"},
 	"wire":                {"scope", "tpm", "internal/certext", "internal/httpsig", "internal/jws", "internal/keyuri"},
 	"wire/proxy":          {"scope", "wire", "internal/caller", "internal/problem", "internal/strictjson", "github.com/prometheus/client_golang"},

@@ -9,6 +9,7 @@ import (
 	"strings"
 	"time"
 
+	"inkan/internal/postgres"
 	"inkan/internal/strictjson"
 	"inkan/scope"
 	"inkan/verify/source"
@@ -74,8 +75,8 @@ func (c *Config) validate(dir string) error {
 	for _, p := range []*string{&c.Certificate, &c.CertificateKey, &c.CA, &c.PasswordFile, &c.Regions} {
 		below(p)
 	}
-	if isShared(c.Record) {
-		if _, err := parsePostgres(c.Record); err != nil {
+	if postgres.IsURL(c.Record) {
+		if _, err := postgres.Parse("record", c.Record); err != nil {
 			return err
 		}
 	} else if below(&c.Record); c.PasswordFile != "" {
@@ -136,7 +137,7 @@ func (c *Config) validate(dir string) error {
 
 // OpenRecord opens the record that the configuration names. Close it.
 func (c *Config) OpenRecord(ctx context.Context) (*Record, error) {
-	if isShared(c.Record) {
+	if postgres.IsURL(c.Record) {
 		return OpenSharedRecord(ctx, c.Record, c.PasswordFile)
 	}
 	return OpenRecord(ctx, c.Record)

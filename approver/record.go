@@ -16,6 +16,7 @@ import (
 
 	"github.com/jackc/pgx/v5/pgconn"
 
+	"inkan/internal/postgres"
 	"inkan/scope"
 )
 
@@ -108,7 +109,7 @@ func (r *Record) authorize(ctx context.Context, cred *credential, entries []entr
 	if len(entries) == 0 {
 		return nil
 	}
-	ctx, cancel := context.WithTimeout(ctx, patience)
+	ctx, cancel := context.WithTimeout(ctx, postgres.Patience)
 	defer cancel()
 	l := r.ledger(cred.action.Agent)
 	select {
@@ -121,7 +122,7 @@ func (r *Record) authorize(ctx context.Context, cred *credential, entries []entr
 	// one, which shows when it is used.
 	for tries := 0; ; tries++ {
 		committing, err := r.transact(ctx, l, cred, entries, st != nil)
-		if err == nil || committing || !lost(err) || tries == maxConnections || ctx.Err() != nil {
+		if err == nil || committing || !lost(err) || tries == postgres.MaxConnections || ctx.Err() != nil {
 			return err
 		}
 	}
@@ -247,7 +248,7 @@ func (r *Record) readHead(ctx context.Context, tx *sql.Tx, agent string) (*head,
 		return nil, errors.New("the head's hash does not have 32 bytes")
 	}
 	h.time = time.UnixMicro(micros).UTC()
-	return &h, durable(commit, sync)
+	return &h, postgres.OnDisk(commit, sync)
 }
 
 // append writes an entry behind the head and moves the head.

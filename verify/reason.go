@@ -25,6 +25,7 @@ const (
 	ReasonMismatch    Reason = "mismatch"
 	ReasonPolicy      Reason = "policy"
 	ReasonScope       Reason = "scope"
+	ReasonLimits      Reason = "limits"
 	ReasonAttestation Reason = "attestation_age"
 
 	ReasonSourceNetwork Reason = "source_network"
@@ -58,6 +59,7 @@ var Reasons = []struct {
 	{ReasonMismatch, 10, "the message says something else than the action that was signed"},
 	{ReasonPolicy, 11, "the action was decided under another scope than the certificate's"},
 	{ReasonScope, 12, "the action is outside the scope in the certificate"},
+	{ReasonLimits, 13, "the action is outside the limits over time in the certificate's scope, together with what the agent did at this venue before"},
 	{ReasonAttestation, 14, "the evidence behind the certificate is too old"},
 	{ReasonSourceNetwork, 17, "the scope names networks, and the request does not come from one of them"},
 	{ReasonSourceRegion, 17, "the scope names regions, and the request is not known to come from one of them"},

@@ -194,7 +194,7 @@ func (r *Receiver) VerifyArrival(ctx context.Context, compact []byte, arrived Ar
 	if err := r.times(st, now); err != nil {
 		return nil, err
 	}
-	// 17. and 9. to 14. come before 8., so that a message that is refused does not use the action up.
+	// 17., 9. to 12. and 14. come before 8. and 13., so that a message that is refused does not use the action up.
 	if err := r.comesFrom(cred.scope, arrived.From); err != nil {
 		return nil, err
 	}
@@ -223,8 +223,10 @@ func (r *Receiver) VerifyArrival(ctx context.Context, compact []byte, arrived Ar
 		return nil, refuse(ReasonScope, "the statement states another notional than its order has")
 	}
 
-	// 8. Seen before.
-	if err := r.c.Replay.Use(ctx, Use{Key: cred.sum, ID: st.ID, Counter: uint64(st.Counter), Signed: st.Time.Time, Until: time.Unix(st.Expires, 0).Add(r.c.MaxSkew)}, now); err != nil {
+	// 8. Seen before, 13. limits over time, 16. kept: one step of the store.
+	use := Use{Key: cred.sum, ID: st.ID, Counter: uint64(st.Counter), Signed: st.Time.Time, Until: time.Unix(st.Expires, 0).Add(r.c.MaxSkew), Agent: cred.action.Agent,
+		Statement: st, Permit: permit, Header: m.EncodedHeader, Payload: m.Payload, Signature: m.Signature}
+	if err := r.c.Replay.Use(ctx, use, now); err != nil {
 		if refusal, ok := errors.AsType[*Refusal](err); ok {
 			return nil, refusal
 		}

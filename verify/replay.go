@@ -2,28 +2,41 @@ package verify
 
 import (
 	"context"
-	"database/sql"
 	"fmt"
+	"math"
 	"sync"
 	"time"
-
-	_ "modernc.org/sqlite" // the driver "sqlite"
 
 	"inkan/scope"
 )
 
-// Use is one use of an action.
+// Use is one use of an action, which a receiver found to be good in itself.
 type Use struct {
 	Key     scope.Digest // SHA-256 of the certificate
 	ID      string       // action id
 	Counter uint64
 	Signed  time.Time
 	Until   time.Time // after this the action is refused for its age
+	Agent   string    // SPIFFE ID
+
+	Statement *scope.Statement
+	Permit    *scope.Permit // what the receiver's own check of the statement gave
+
+	// The JWS as it arrived: header and payload, and the signature.
+	Header             string // base64url
+	Payload, Signature []byte
 }
 
-// ReplayStore remembers which actions were used. Use must be atomic: of two
-// uses of one action exactly one succeeds. It refuses with a *Refusal of
-// ReasonReplay or ReasonCounter; any other error says that the store does not work.
+func (u *Use) past() past {
+	return pastOf(u.Statement, u.Permit.Scope(), scope.UseOf(u.Permit, u.Signed))
+}
+
+// ReplayStore remembers what was accepted. Use is one atomic step: it refuses
+// what was seen before (check 8), refuses what is outside the limits over time of its scope
+// together with what the agent did at this venue before (check 13), and keeps what it
+// does not refuse (16). Of two uses of one action, or two of what is left of a limit, exactly
+// one succeeds. It refuses with a *Refusal of ReasonReplay, ReasonCounter or ReasonLimits; any
+// other error says that the store does not work.
 type ReplayStore interface {
 	Use(ctx context.Context, u Use, now time.Time) error
 }
@@ -46,44 +59,64 @@ type window struct {
 	until   time.Time
 }
 
-func (w *window) use(counter uint64) error {
-	bit := func(n uint64) (*uint64, uint64) { return &w.seen[n%CounterWindow/64], 1 << (n % 64) }
-	switch {
-	case counter+CounterWindow <= w.highest:
-		return refuse(ReasonCounter, "counter %d is more than %d behind %d", counter, CounterWindow, w.highest)
-	case counter > w.highest:
+func (w *window) bit(n uint64) (*uint64, uint64) {
+	return &w.seen[n%CounterWindow/64], 1 << (n % 64)
+}
+
+// check refuses a counter that was seen, or is too far behind.
+func (w *window) check(counter uint64) error {
+	if err := inWindow(counter, w.highest); err != nil {
+		return err
+	}
+	if word, mask := w.bit(counter); counter <= w.highest && *word&mask != 0 {
+		return refuse(ReasonCounter, "counter %d was seen before", counter)
+	}
+	return nil
+}
+
+// use marks a counter that check let pass.
+func (w *window) use(counter uint64) {
+	if counter > w.highest {
 		for n := max(w.highest+1, counter-min(counter, CounterWindow-1)); n < counter; n++ {
-			word, mask := bit(n)
+			word, mask := w.bit(n)
 			*word &^= mask
 		}
 		w.highest = counter
-		word, mask := bit(counter)
-		*word |= mask
-		return nil
 	}
-	word, mask := bit(counter)
-	if *word&mask != 0 {
-		return refuse(ReasonCounter, "counter %d was seen before", counter)
-	}
+	word, mask := w.bit(counter)
 	*word |= mask
+}
+
+// inWindow refuses a counter that is too far behind the highest one, and one
+// beyond what a record can have.
+func inWindow(counter, highest uint64) error {
+	switch {
+	case counter > math.MaxInt64:
+		return refuse(ReasonCounter, "counter %d is more than a record can have", counter)
+	case counter+CounterWindow <= highest:
+		return refuse(ReasonCounter, "counter %d is more than %d behind %d", counter, CounterWindow, highest)
+	}
 	return nil
 }
 
 // MemoryStore is a ReplayStore in memory: for a receiver that is one process,
-// and that on its restart refuses what was signed before its start.
+// and that on its restart refuses what was signed before its start, and
+// counts limits over time from there.
 type MemoryStore struct {
 	mu      sync.Mutex
 	max     int
 	started time.Time
 	ids     map[string]time.Time
 	windows map[scope.Digest]*window
+	agents  map[string]*history
+	kept    int // actions in agents
 	swept   time.Time
 }
 
-// NewMemoryStore returns a store for at most max live actions. now is when it
-// begins to remember.
+// NewMemoryStore returns a store for at most max actions: those of the last 25
+// hours, which limits over time look back to. now is when it begins to remember.
 func NewMemoryStore(max int, now time.Time) *MemoryStore {
-	return &MemoryStore{max: max, started: now, ids: make(map[string]time.Time), windows: make(map[scope.Digest]*window)}
+	return &MemoryStore{max: max, started: now, ids: make(map[string]time.Time), windows: make(map[scope.Digest]*window), agents: make(map[string]*history)}
 }
 
 // Use implements ReplayStore. When it is full it fails closed.
@@ -99,17 +132,27 @@ func (m *MemoryStore) Use(_ context.Context, u Use, now time.Time) error {
 	if until, ok := m.ids[u.ID]; ok && !now.After(until) {
 		return refuse(ReasonReplay, "the action %s was seen before", u.ID)
 	}
-	if len(m.ids) >= m.max {
-		return fmt.Errorf("%d live actions are remembered, and that is the most", m.max)
+	if len(m.ids) >= m.max || m.kept >= m.max {
+		return fmt.Errorf("%d actions are remembered, and that is the most", m.max)
 	}
-	w := m.windows[u.Key]
+	w, h := m.windows[u.Key], m.agents[u.Agent]
 	if w == nil {
 		w = new(window)
-		m.windows[u.Key] = w
 	}
-	if err := w.use(u.Counter); err != nil {
+	if h == nil {
+		h = newHistory()
+	}
+	if err := w.check(u.Counter); err != nil {
 		return err
 	}
+	count, err := h.admit(u.past())
+	if err != nil {
+		return err
+	}
+	count()
+	m.kept++
+	m.agents[u.Agent], m.windows[u.Key] = h, w
+	w.use(u.Counter)
 	w.until = later(w.until, u.Until)
 	m.ids[u.ID] = u.Until
 	return nil
@@ -120,6 +163,12 @@ func (m *MemoryStore) sweep(now time.Time) {
 	for id, until := range m.ids {
 		if now.After(until) {
 			delete(m.ids, id)
+		}
+	}
+	for agent, h := range m.agents {
+		m.kept -= h.forget(now.Add(-remembered))
+		if len(h.all) == 0 {
+			delete(m.agents, agent)
 		}
 	}
 	for k, w := range m.windows {
@@ -134,69 +183,4 @@ func later(a, b time.Time) time.Time {
 		return a
 	}
 	return b
-}
-
-// SQLiteStore is a ReplayStore in a file: it survives restarts and crashes.
-type SQLiteStore struct{ db *sql.DB }
-
-// OpenSQLiteStore opens or makes the store at path. Close it.
-func OpenSQLiteStore(ctx context.Context, path string) (*SQLiteStore, error) {
-	db, err := sql.Open("sqlite", "file:"+path+"?_txlock=immediate&_pragma=journal_mode(WAL)&_pragma=synchronous(FULL)&_pragma=busy_timeout(5000)")
-	if err != nil {
-		return nil, err
-	}
-	db.SetMaxOpenConns(1)
-	if _, err := db.ExecContext(ctx, `
-		CREATE TABLE IF NOT EXISTS used(id TEXT PRIMARY KEY, key BLOB NOT NULL, counter INTEGER NOT NULL, until INTEGER NOT NULL, UNIQUE(key, counter)) STRICT;
-		CREATE INDEX IF NOT EXISTS used_until ON used(until);
-		CREATE TABLE IF NOT EXISTS highest(key BLOB PRIMARY KEY, counter INTEGER NOT NULL, until INTEGER NOT NULL) STRICT;`); err != nil {
-		_ = db.Close()
-		return nil, fmt.Errorf("opening the replay store %s: %w", path, err)
-	}
-	return &SQLiteStore{db}, nil
-}
-
-// Close closes the file.
-func (s *SQLiteStore) Close() error { return s.db.Close() }
-
-// Use implements ReplayStore. It is durable when it returns.
-func (s *SQLiteStore) Use(ctx context.Context, u Use, now time.Time) error {
-	tx, err := s.db.BeginTx(ctx, nil)
-	if err != nil {
-		return err
-	}
-	defer func() { _ = tx.Rollback() }() // after Commit it does nothing
-	if _, err := tx.ExecContext(ctx, "DELETE FROM used WHERE until < ?", now.Unix()); err != nil {
-		return err
-	}
-	var n int
-	if err := tx.QueryRowContext(ctx, "SELECT count(*) FROM used WHERE id = ?", u.ID).Scan(&n); err != nil {
-		return err
-	}
-	if n > 0 {
-		return refuse(ReasonReplay, "the action %s was seen before", u.ID)
-	}
-	var highest int64
-	err = tx.QueryRowContext(ctx, "SELECT counter FROM highest WHERE key = ?", u.Key[:]).Scan(&highest)
-	if err != nil && err != sql.ErrNoRows {
-		return err
-	}
-	// Rows leave the table with the action's life, so a counter in the window
-	// without a row was of an action that is refused for its age.
-	if int64(u.Counter)+CounterWindow <= highest {
-		return refuse(ReasonCounter, "counter %d is more than %d behind %d", u.Counter, CounterWindow, highest)
-	}
-	if err := tx.QueryRowContext(ctx, "SELECT count(*) FROM used WHERE key = ? AND counter = ?", u.Key[:], int64(u.Counter)).Scan(&n); err != nil {
-		return err
-	}
-	if n > 0 {
-		return refuse(ReasonCounter, "counter %d was seen before", u.Counter)
-	}
-	if _, err := tx.ExecContext(ctx, "INSERT INTO used(id, key, counter, until) VALUES(?, ?, ?, ?)", u.ID, u.Key[:], int64(u.Counter), u.Until.Unix()+1); err != nil {
-		return err
-	}
-	if _, err := tx.ExecContext(ctx, "INSERT INTO highest(key, counter, until) VALUES(?, ?, ?) ON CONFLICT(key) DO UPDATE SET counter = max(counter, excluded.counter)", u.Key[:], int64(u.Counter), u.Until.Unix()); err != nil {
-		return err
-	}
-	return tx.Commit()
 }

@@ -1,0 +1,271 @@
+package verify
+
+import (
+	"context"
+	"database/sql"
+	"encoding/base64"
+	"errors"
+	"fmt"
+	"os"
+	"strings"
+	"sync"
+	"time"
+
+	_ "modernc.org/sqlite" // the driver "sqlite"
+
+	"inkan/scope"
+)
+
+// schemaVersion is of the tables below. Tables of another version are refused.
+const schemaVersion = 1
+
+// schema is what a receiver keeps; SQLite and PostgreSQL both know these types.
+// Times are in microseconds since 1970.
+const schema = `
+CREATE TABLE IF NOT EXISTS receiver(
+	one     BIGINT PRIMARY KEY CHECK(one = 1),
+	version BIGINT NOT NULL
+);
+CREATE TABLE IF NOT EXISTS received_agent(
+	agent TEXT PRIMARY KEY,
+	n     BIGINT NOT NULL     -- actions accepted
+);
+CREATE TABLE IF NOT EXISTS received_certificate(
+	key     BYTEA PRIMARY KEY, -- SHA-256 of the certificate
+	header  TEXT NOT NULL,     -- of its JWS, base64url
+	scope   BYTEA NOT NULL,    -- canonical
+	highest BIGINT NOT NULL,   -- counter
+	until   BIGINT NOT NULL
+);
+CREATE TABLE IF NOT EXISTS received(
+	agent     TEXT NOT NULL,
+	n         BIGINT NOT NULL, -- in the order of acceptance, from 1
+	id        TEXT NOT NULL UNIQUE,
+	key       BYTEA NOT NULL,
+	counter   BIGINT NOT NULL,
+	at        BIGINT NOT NULL, -- of the statement
+	until     BIGINT NOT NULL,
+	payload   BYTEA NOT NULL,
+	signature BYTEA NOT NULL,
+	PRIMARY KEY(agent, n),
+	UNIQUE(key, counter)
+);
+CREATE INDEX IF NOT EXISTS received_at ON received(agent, at);
+`
+
+// SQLStore is a ReplayStore in a database: it survives restarts and crashes,
+// and several receivers may share one. It keeps each action that was accepted for 25
+// hours, or longer while it is not too old to be accepted. It is safe for concurrent use.
+type SQLStore struct {
+	db *sql.DB
+
+	mu     sync.Mutex
+	agents map[string]*shelf
+}
+
+// shelf is what this process knows of an agent's rows.
+type shelf struct {
+	mu      sync.Mutex // held for a whole use: an agent's uses are one after another anyway
+	history *history
+	n       int64     // the newest row that is in it
+	swept   time.Time // when old rows were last deleted
+}
+
+// OpenSQLiteStore opens or makes a store in a file. Close it.
+func OpenSQLiteStore(ctx context.Context, path string) (*SQLStore, error) {
+	db, err := sql.Open("sqlite", "file:"+path+"?_txlock=immediate&_pragma=journal_mode(WAL)&_pragma=synchronous(FULL)&_pragma=busy_timeout(5000)")
+	if err != nil {
+		return nil, err
+	}
+	db.SetMaxOpenConns(1)
+	s, err := NewSQLStore(ctx, db)
+	if err == nil {
+		err = os.Chmod(path, 0o600)
+	}
+	if err != nil {
+		return nil, errors.Join(fmt.Errorf("opening the replay store %s: %w", path, err), db.Close())
+	}
+	return s, nil
+}
+
+// NewSQLStore makes a store of a database, SQLite or PostgreSQL, which the store
+// closes. Transactions of SQLite must begin immediately; what PostgreSQL
+// acknowledges must be on disk. Package verify/postgres opens one so.
+func NewSQLStore(ctx context.Context, db *sql.DB) (*SQLStore, error) {
+	tx, err := db.BeginTx(ctx, nil)
+	if err != nil {
+		return nil, err
+	}
+	defer func() { _ = tx.Rollback() }() // after Commit it does nothing
+	for statement := range strings.SplitSeq(schema, ";\n") {
+		if strings.TrimSpace(statement) == "" {
+			continue
+		}
+		if _, err := tx.ExecContext(ctx, statement); err != nil {
+			return nil, err
+		}
+	}
+	if _, err := tx.ExecContext(ctx, "INSERT INTO receiver(one, version) VALUES(1, $1) ON CONFLICT(one) DO NOTHING", schemaVersion); err != nil {
+		return nil, err
+	}
+	var version int64
+	if err := tx.QueryRowContext(ctx, "SELECT version FROM receiver").Scan(&version); err != nil {
+		return nil, err
+	}
+	if version != schemaVersion {
+		return nil, fmt.Errorf("its tables are of version %d, this program knows version %d", version, schemaVersion)
+	}
+	return &SQLStore{db: db, agents: make(map[string]*shelf)}, tx.Commit()
+}
+
+// Close closes the database.
+func (s *SQLStore) Close() error { return s.db.Close() }
+
+// Action returns the JWS of an action that was accepted, as it arrived; empty if
+// none has this id, or not any more.
+func (s *SQLStore) Action(ctx context.Context, id string) (string, error) {
+	var header string
+	var payload, signature []byte
+	err := s.db.QueryRowContext(ctx, "SELECT c.header, r.payload, r.signature FROM received r JOIN received_certificate c ON c.key = r.key WHERE r.id = $1", id).Scan(&header, &payload, &signature)
+	if errors.Is(err, sql.ErrNoRows) {
+		return "", nil
+	}
+	return header + "." + base64.RawURLEncoding.EncodeToString(payload) + "." + base64.RawURLEncoding.EncodeToString(signature), err
+}
+
+// Use implements ReplayStore. What it does not refuse is durable when it returns.
+func (s *SQLStore) Use(ctx context.Context, u Use, now time.Time) error {
+	s.mu.Lock()
+	a := s.agents[u.Agent]
+	if a == nil {
+		a = &shelf{history: newHistory()}
+		s.agents[u.Agent] = a
+	}
+	s.mu.Unlock()
+	a.mu.Lock()
+	defer a.mu.Unlock()
+
+	tx, err := s.db.BeginTx(ctx, nil)
+	if err != nil {
+		return err
+	}
+	defer func() { _ = tx.Rollback() }() // after Commit it does nothing
+	// The agent's row is locked from here on, so that what follows sees all that
+	// other receivers accepted, and none of them accepts anything before the end.
+	var n int64
+	if err := tx.QueryRowContext(ctx, "INSERT INTO received_agent(agent, n) VALUES($1, 1) ON CONFLICT(agent) DO UPDATE SET n = received_agent.n + 1 RETURNING n", u.Agent).Scan(&n); err != nil {
+		return err
+	}
+	if err := seen(ctx, tx, &u); err != nil {
+		return err
+	}
+	if n != a.n+1 {
+		if err := a.catchUp(ctx, tx, u.Agent); err != nil {
+			return err
+		}
+	}
+	count, err := a.history.admit(u.past())
+	if err != nil {
+		return err
+	}
+	if now.Sub(a.swept) > time.Minute {
+		if _, err := tx.ExecContext(ctx, "DELETE FROM received WHERE agent = $1 AND at < $2 AND until < $3", u.Agent, now.Add(-remembered).UnixMicro(), now.UnixMicro()); err != nil {
+			return err
+		}
+	}
+	if err := keep(ctx, tx, &u, n); err != nil {
+		return err
+	}
+	if err := tx.Commit(); err != nil {
+		// Whether it is there is not known: what is there is read again.
+		a.history, a.n = newHistory(), 0
+		return err
+	}
+	count()
+	a.n = n
+	if now.Sub(a.swept) > time.Minute {
+		a.history.forget(now.Add(-remembered))
+		a.swept = now
+	}
+	return nil
+}
+
+// seen refuses an id or counter that was seen.
+func seen(ctx context.Context, tx *sql.Tx, u *Use) error {
+	var highest int64
+	if err := tx.QueryRowContext(ctx, "SELECT highest FROM received_certificate WHERE key = $1", u.Key[:]).Scan(&highest); err != nil && !errors.Is(err, sql.ErrNoRows) {
+		return err
+	}
+	if err := inWindow(u.Counter, uint64(highest)); err != nil {
+		return err
+	}
+	var same, any int64
+	if err := tx.QueryRowContext(ctx, "SELECT count(CASE WHEN id = $1 THEN 1 END), count(*) FROM received WHERE id = $1 OR key = $2 AND counter = $3", u.ID, u.Key[:], int64(u.Counter)).Scan(&same, &any); err != nil {
+		return err
+	}
+	switch {
+	case same > 0:
+		return refuse(ReasonReplay, "the action %s was seen before", u.ID)
+	case any > 0:
+		return refuse(ReasonCounter, "counter %d was seen before", u.Counter)
+	}
+	return nil
+}
+
+// catchUp reads what other receivers accepted, or what was before a restart.
+func (a *shelf) catchUp(ctx context.Context, tx *sql.Tx, agent string) error {
+	rows, err := tx.QueryContext(ctx, "SELECT r.n, r.payload, c.key, c.scope FROM received r JOIN received_certificate c ON c.key = r.key WHERE r.agent = $1 AND r.n > $2 ORDER BY r.at, r.counter", agent, a.n)
+	if err != nil {
+		return err
+	}
+	defer func() { _ = rows.Close() }() // its error is in Err
+	scopes := make(map[string]*scope.Scope)
+	var list []past
+	newest := a.n
+	for rows.Next() {
+		var n int64
+		var payload, key, text []byte
+		if err := rows.Scan(&n, &payload, &key, &text); err != nil {
+			return err
+		}
+		st, err := scope.ParseStatement(payload)
+		if err != nil {
+			return fmt.Errorf("row %d of %s: %w", n, agent, err)
+		}
+		sc := scopes[string(key)]
+		if sc == nil {
+			if sc, err = scope.ParseCanonical(text); err != nil {
+				return fmt.Errorf("row %d of %s: %w", n, agent, err)
+			}
+			scopes[string(key)] = sc
+		}
+		list = append(list, pastOf(st, sc, scope.UseOfStatement(st)))
+		newest = max(newest, n)
+	}
+	if err := rows.Err(); err != nil {
+		return err
+	}
+	a.history.add(list)
+	a.n = newest
+	return nil
+}
+
+// keep writes down what is accepted.
+func keep(ctx context.Context, tx *sql.Tx, u *Use, n int64) error {
+	until := u.Until.UnixMicro()
+	if _, err := tx.ExecContext(ctx, `INSERT INTO received_certificate(key, header, scope, highest, until) VALUES($1, $2, $3, $4, $5)
+		ON CONFLICT(key) DO UPDATE SET until = excluded.until, highest = CASE WHEN excluded.highest > received_certificate.highest THEN excluded.highest ELSE received_certificate.highest END`,
+		u.Key[:], u.Header, u.Permit.Scope().Canonical(), int64(u.Counter), until); err != nil {
+		return err
+	}
+	res, err := tx.ExecContext(ctx, "INSERT INTO received(agent, n, id, key, counter, at, until, payload, signature) VALUES($1, $2, $3, $4, $5, $6, $7, $8, $9) ON CONFLICT DO NOTHING",
+		u.Agent, n, u.ID, u.Key[:], int64(u.Counter), u.Signed.UnixMicro(), until, u.Payload, u.Signature)
+	if err != nil {
+		return err
+	}
+	if kept, err := res.RowsAffected(); err != nil || kept != 1 {
+		// Another agent's action took the id in this very moment.
+		return errors.Join(refuse(ReasonReplay, "the action %s was seen before", u.ID), err)
+	}
+	return nil
+}
