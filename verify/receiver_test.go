@@ -553,8 +553,16 @@ func FuzzHeader(f *testing.F) {
 
 // BenchmarkVerify stands beside BenchmarkECDSA: what verification costs
 // beyond the signature.
-func BenchmarkVerify(b *testing.B) {
+func BenchmarkVerify(b *testing.B) { benchmarkVerify(b, newVenue(b)) }
+
+// BenchmarkVerifyLimits has limits over time in the scope.
+func BenchmarkVerifyLimits(b *testing.B) {
 	v := newVenue(b)
+	v.rescope(b, `"max_notional_per_window":[{"currency":"EUR","amount":"999999999999","window":{"rolling_s":3600}}],"max_qty_per_window":[{"instrument":"*","qty":"999999999","window":{"day_cut":"22:00"}}],"max_orders_per_window":[{"count":999999999,"window":{"rolling_s":60}}]`)
+	benchmarkVerify(b, v)
+}
+
+func benchmarkVerify(b *testing.B, v *venue) {
 	v.config.Replay = verify.NewMemoryStore(1<<30, time.Time{})
 	r := v.receiver(b)
 	var list [][]byte

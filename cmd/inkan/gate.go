@@ -22,21 +22,22 @@ import (
 
 // gateConfig is a gate's configuration file.
 type gateConfig struct {
-	Listen           string              `json:"listen"`                       // host:port
-	Certificate      string              `json:"certificate"`                  // PEM file, leaf first; read anew at each handshake
-	Key              string              `json:"key"`                          // PEM file
-	CA               string              `json:"ca"`                           // PEM file with the issuer's CA certificate
-	TrustDomain      string              `json:"trust_domain"`                 // of the agents' SPIFFE IDs
-	Audience         []string            `json:"audience"`                     // who this venue is
-	CRL              string              `json:"crl_url"`                      // the issuer's revocation list
-	MaxRevocationAge string              `json:"max_revocation_age,omitempty"` // 1h by default
-	RevocationReload string              `json:"revocation_reload,omitempty"`  // after what time the list is got again; a tenth of the above by default
-	ReplayDB         string              `json:"replay_db"`                    // file that remembers what was seen
-	Backend          string              `json:"backend"`                      // https URL, or http to a loopback address
-	Routes           string              `json:"routes"`                       // YAML file
-	Regions          string              `json:"regions,omitempty"`            // geofeed or MMDB file, for scopes with source_regions; read anew when it changes
-	RequestSignature string              `json:"request_signature,omitempty"`  // checked, if it is there, or required (RFC 9421); not looked at by default
-	Agents           map[string][]string `json:"agents,omitempty"`             // SPIFFE IDs and the networks they come from; without it every agent of the CA may come
+	Listen           string              `json:"listen"`                            // host:port
+	Certificate      string              `json:"certificate"`                       // PEM file, leaf first; read anew at each handshake
+	Key              string              `json:"key"`                               // PEM file
+	CA               string              `json:"ca"`                                // PEM file with the issuer's CA certificate
+	TrustDomain      string              `json:"trust_domain"`                      // of the agents' SPIFFE IDs
+	Audience         []string            `json:"audience"`                          // who this venue is
+	CRL              string              `json:"crl_url"`                           // the issuer's revocation list
+	MaxRevocationAge string              `json:"max_revocation_age,omitempty"`      // 1h by default
+	RevocationReload string              `json:"revocation_reload,omitempty"`       // after what time the list is got again; a tenth of the above by default
+	ReplayDB         string              `json:"replay_db"`                         // file that remembers what was accepted, or URL of a PostgreSQL database that several gates share
+	ReplayPassword   string              `json:"replay_db_password_file,omitempty"` // file with the password of the database's user
+	Backend          string              `json:"backend"`                           // https URL, or http to a loopback address
+	Routes           string              `json:"routes"`                            // YAML file
+	Regions          string              `json:"regions,omitempty"`                 // geofeed or MMDB file, for scopes with source_regions; read anew when it changes
+	RequestSignature string              `json:"request_signature,omitempty"`       // checked, if it is there, or required (RFC 9421); not looked at by default
+	Agents           map[string][]string `json:"agents,omitempty"`                  // SPIFFE IDs and the networks they come from; without it every agent of the CA may come
 }
 
 func gateCommand(e *env) *cli.Command {
@@ -77,7 +78,7 @@ func readGate(e *env, c *cli.Context) (g *gate.Gate, listen string, closer func(
 			return nil, "", nil, fmt.Errorf("%s: %s is missing", path, name)
 		}
 	}
-	for _, p := range []*string{&f.Certificate, &f.Key, &f.CA, &f.ReplayDB, &f.Routes, &f.Regions} {
+	for _, p := range []*string{&f.Certificate, &f.Key, &f.CA, &f.Routes, &f.Regions} {
 		if *p != "" && !filepath.IsAbs(*p) {
 			*p = filepath.Join(filepath.Dir(path), *p)
 		}
@@ -86,7 +87,7 @@ func readGate(e *env, c *cli.Context) (g *gate.Gate, listen string, closer func(
 	if err != nil {
 		return nil, "", nil, fmt.Errorf("%s: %w", path, err)
 	}
-	store, err := verify.OpenSQLiteStore(c.Context, f.ReplayDB)
+	store, err := openReplay(c.Context, "replay_db", f.ReplayDB, f.ReplayPassword, filepath.Dir(path))
 	if err != nil {
 		return nil, "", nil, err
 	}

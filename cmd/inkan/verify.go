@@ -32,7 +32,8 @@ func verifyCommand(e *env) *cli.Command {
 			&cli.BoolFlag{Name: "no-revocation", Usage: "do not ask whether the certificate was revoked"},
 			&cli.DurationFlag{Name: "max-revocation-age", Value: time.Hour, Usage: "oldest `AGE` of what is known about revocation"},
 			&cli.StringFlag{Name: "body", Usage: "`FILE` with the HTTP body that arrived with it"},
-			&cli.StringFlag{Name: "replay-db", Usage: "`FILE` that remembers what was seen; without it a replay is not noticed"},
+			&cli.StringFlag{Name: "replay-db", Usage: "`FILE` that remembers what was accepted, or URL of a PostgreSQL database; without it neither a replay nor a limit over time is noticed"},
+			&cli.StringFlag{Name: "replay-db-password-file", Usage: "`FILE` with the password of the database's user"},
 			&cli.StringFlag{Name: "reference", Usage: "JSON `FILE` with this venue's reference price"},
 			&cli.BoolFlag{Name: "accept-reference", Usage: "believe the signer's reference price"},
 			&cli.StringFlag{Name: "source-address", Usage: "`ADDRESS` that it came from; without it a scope that names networks or regions refuses"},
@@ -92,7 +93,7 @@ func runVerify(e *env, c *cli.Context) error {
 		config.Now = func() time.Time { return *at }
 	}
 	if db := c.String("replay-db"); db != "" {
-		s, err := verify.OpenSQLiteStore(c.Context, db)
+		s, err := openReplay(c.Context, "--replay-db", db, c.String("replay-db-password-file"), ".")
 		if err != nil {
 			return err
 		}
@@ -162,7 +163,7 @@ func runVerify(e *env, c *cli.Context) error {
 			e.printf("    %s\n", line)
 		}
 		if c.String("replay-db") == "" {
-			e.printf("  note: without --replay-db a second use is not noticed\n")
+			e.printf("  note: without --replay-db neither a second use nor a limit over time is noticed\n")
 		}
 	})
 }
