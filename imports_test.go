@@ -47,7 +47,7 @@ var allowed = map[string][]string{
 	"verify":              {"scope", "verify/source", "internal/certext", "internal/httpsig", "internal/jws", "internal/problem", "golang.org/x/crypto", "modernc.org/sqlite"},
 	"verify/postgres":     {"verify", "internal/postgres"},
 	"verify/source":       {"scope", "github.com/oschwald/maxminddb-golang"},
-	"wire":                {"scope", "tpm", "internal/certext", "internal/httpsig", "internal/jws", "internal/keyuri"},
+	"wire":                {"hsm", "scope", "tpm", "internal/certext", "internal/httpsig", "internal/jws", "internal/keyuri"},
 	"wire/proxy":          {"scope", "wire", "internal/caller", "internal/problem", "internal/strictjson", "github.com/prometheus/client_golang"},
 	"verify/binding":      {"scope", "verify", "internal/strictjson"},
 	"verify/gate":         {"scope", "verify", "internal/problem", "internal/strictjson"},

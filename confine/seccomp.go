@@ -67,7 +67,8 @@ func with(arg uint32, bit uint64) seccomp.Condition {
 	return seccomp.Condition{Argument: arg, Operation: seccomp.BitsSet, Value: bit}
 }
 
-// conditional are the calls that are allowed with some arguments only.
+// conditional are the calls that are allowed with some arguments only; sockets
+// of a network only where o has connections.
 func conditional(o *scope.OS) []seccomp.NameWithConditions {
 	stream := []seccomp.Condition{with(1, unix.SOCK_STREAM), without(1, typeBits&^unix.SOCK_STREAM)}
 	calls := []seccomp.NameWithConditions{
@@ -85,7 +86,7 @@ func conditional(o *scope.OS) []seccomp.NameWithConditions {
 		{Name: "setsockopt", Conditions: []seccomp.Condition{atMost(1, int32Max), isNot(1, unix.IPPROTO_TCP)}},
 		{Name: "setsockopt", Conditions: []seccomp.Condition{is(1, unix.IPPROTO_TCP), atMost(2, int32Max), isNot(2, unix.TCP_ULP)}},
 	}
-	if len(o.Connect) == 0 {
+	if o == nil || len(o.Connect) == 0 {
 		return calls
 	}
 	for _, family := range []uint64{unix.AF_INET, unix.AF_INET6} {

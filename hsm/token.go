@@ -134,6 +134,25 @@ func (t *Token) Close() error {
 	return nil
 }
 
+// EndWorker ends the worker, and the next call starts another: for a process
+// that confines itself, whose worker must be confined too.
+func (t *Token) EndWorker() {
+	t.mu.Lock()
+	defer t.mu.Unlock()
+	if c := t.child; c != nil {
+		t.child = nil
+		c.kill()
+	}
+}
+
+// StartWorker starts a worker if none runs.
+func (t *Token) StartWorker() error {
+	ctx, cancel := context.WithTimeout(t.stop, t.opt.Timeout)
+	defer cancel()
+	_, err := t.acquire(ctx)
+	return err
+}
+
 // Stats returns a snapshot.
 func (t *Token) Stats() Stats {
 	t.mu.Lock()

@@ -27,6 +27,7 @@ import (
 	"sync/atomic"
 	"time"
 
+	"inkan/hsm"
 	"inkan/internal/certext"
 	"inkan/internal/keyuri"
 	"inkan/scope"
@@ -132,6 +133,22 @@ func (i *Identity) Close() error {
 		errs = append(errs, i.device.Close())
 	}
 	return errors.Join(errs...)
+}
+
+// Pause ends processes that serve the key, for a process that confines itself;
+// [Identity.Resume] starts them again, and then they are confined too.
+func (i *Identity) Pause() {
+	if t, ok := i.closer.(*hsm.Token); ok {
+		t.EndWorker()
+	}
+}
+
+// Resume says whether the key is there again.
+func (i *Identity) Resume() error {
+	if t, ok := i.closer.(*hsm.Token); ok {
+		return t.StartWorker()
+	}
+	return nil
 }
 
 // Signatures returns how often the device has signed a handshake.

@@ -97,7 +97,11 @@ func (b *bot) trade(ctx context.Context) error {
 	if err := b.start(""); err != nil {
 		return err
 	}
-	if err := b.startProxy(b.name, b.tlsURI); err != nil {
+	sandbox := ""
+	if b.hsm != nil { // SoftHSM's tokens are files
+		sandbox = fmt.Sprintf("sandbox: {write: [%q]}\n", b.hsm.Dir)
+	}
+	if err := b.startProxy(b.name, b.tlsURI, sandbox); err != nil {
 		return err
 	}
 	cmd, err := b.command(ctx)

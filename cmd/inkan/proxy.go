@@ -9,12 +9,13 @@ import (
 	"net/http"
 	"os"
 	"path/filepath"
+	"slices"
 	"strings"
 	"sync"
 
-	"github.com/coreos/go-systemd/v22/daemon"
 	"github.com/urfave/cli/v2"
 
+	"inkan/confine"
 	"inkan/internal/caller"
 	"inkan/wire"
 	"inkan/wire/proxy"
@@ -163,6 +164,50 @@ func (p *proxies) serve(ctx context.Context) error {
 	return errors.Join(errs...)
 }
 
+// confine leaves the process what it needs from here on. Workers of tokens
+// start again, so that they are confined too.
+func (p *proxies) confine() error {
+	var s sandbox
+	c := &p.config.Sandbox
+	s.room = confine.Room{Read: slices.Clone(c.Read), Write: slices.Clone(c.Write), Unix: slices.Clone(c.Unix), Ports: slices.Clone(c.Ports)}
+	for _, part := range c.Optional {
+		s.room.Optional = append(s.room.Optional, confine.Part(part))
+	}
+	if p.config.TPM != "" {
+		if err := s.mayUseTPM(p.config.TPM); err != nil {
+			return err
+		}
+	}
+	if p.config.ByUnit() {
+		s.room.Read = append(s.room.Read, "/proc")
+	}
+	for _, a := range p.config.Agents {
+		s.room.Read = append(s.room.Read, filepath.Join(p.config.StateDir, a.Name))
+		if err := s.mayUseKey(a.TLSKey); err != nil {
+			return err
+		}
+		granted, err := p.identities[a.Name].Scope()
+		if err != nil {
+			return fmt.Errorf("agent %s: %w", a.Name, err)
+		}
+		for _, d := range granted.Destinations() {
+			s.mayConnect(d.Host, d.Port)
+		}
+	}
+	for _, i := range p.identities {
+		i.Pause()
+	}
+	if err := s.enter(p.log); err != nil {
+		return err
+	}
+	for name, i := range p.identities {
+		if err := i.Resume(); err != nil {
+			return fmt.Errorf("agent %s: inside the sandbox: %w (sandbox.read, write, unix and ports name what a PKCS#11 module needs)", name, err)
+		}
+	}
+	return nil
+}
+
 func proxyServe(e *env, c *cli.Context) error {
 	config, err := readProxyConfig(c)
 	if err != nil {
@@ -184,11 +229,15 @@ func proxyServe(e *env, c *cli.Context) error {
 		}
 		list = append(list, listening{s.agent, at})
 	}
+	systemd := newNotifier()
+	if err := p.confine(); err != nil {
+		return errors.Join(err, p.close())
+	}
 	if err := e.printJSON(map[string]any{"listeners": list}); err != nil {
 		return errors.Join(err, p.close())
 	}
-	_, _ = daemon.SdNotify(false, daemon.SdNotifyReady) // without systemd there is nobody to tell
+	systemd.ready()
 	err = p.serve(interrupted(c))
-	_, _ = daemon.SdNotify(false, daemon.SdNotifyStopping) // likewise
+	systemd.stopping()
 	return errors.Join(err, p.close())
 }

@@ -67,8 +67,22 @@ type Sandbox struct {
 	Read     []string `json:"read,omitempty"`     // files and directories, for a PKCS#11 module
 	Write    []string `json:"write,omitempty"`    // likewise
 	Ports    []uint16 `json:"ports,omitempty"`    // TCP ports to connect to, likewise
-	Unix     bool     `json:"unix,omitzero"`      // unix sockets, likewise
+	Unix     []string `json:"unix,omitempty"`     // unix sockets to connect to, likewise
 	Optional []string `json:"optional,omitempty"` // parts to go on without where the kernel cannot enforce them
+}
+
+// ByUnit says whether some caller is told by its systemd unit.
+func (c *Config) ByUnit() bool {
+	for _, a := range c.Agents {
+		for _, l := range a.Listeners {
+			for _, x := range l.Callers {
+				if x.Unit != "" {
+					return true
+				}
+			}
+		}
+	}
+	return false
 }
 
 // Protocols of a listener.
@@ -101,7 +115,7 @@ func (c *Config) validate(dir string) error {
 			*p = filepath.Join(dir, *p)
 		}
 	}
-	for _, list := range [][]string{c.Sandbox.Read, c.Sandbox.Write} {
+	for _, list := range [][]string{c.Sandbox.Read, c.Sandbox.Write, c.Sandbox.Unix} {
 		for _, p := range list {
 			if !filepath.IsAbs(p) {
 				return fmt.Errorf("sandbox: %.80q: an absolute path is expected", p)
