@@ -11,6 +11,7 @@ import "time"
 const (
 	PurposeAction = "action"
 	PurposeTLS    = "tls"
+	PurposeCancel = "cancel" // actions too, but cancels alone: beside an action key in approver mode
 )
 
 // Hello is M1: who asks, from which device.

@@ -14,6 +14,7 @@ import (
 	"inkan/attest"
 	"inkan/internal/certext"
 	"inkan/internal/strictjson"
+	"inkan/scope"
 )
 
 // How long a challenge may be answered, and how many may wait for an answer.
@@ -188,6 +189,9 @@ func (i *Issuer) challenge(ctx context.Context, d *Device, a *Agent) (*attest.Ch
 	default:
 		c.Keys = []attest.KeyRequest{{Purpose: attest.PurposeAction, Template: attest.KeyTemplate(auth[attest.ModeLocal])}}
 	}
+	if a.Cancels {
+		c.Keys = append(c.Keys, attest.KeyRequest{Purpose: attest.PurposeCancel, Template: attest.KeyTemplate(auth[attest.ModeLocal])})
+	}
 	if a.TLSHSM {
 		c.Keys = append(c.Keys, attest.KeyRequest{Purpose: attest.PurposeTLS, Protection: attest.ProtectionHSM})
 	} else if a.TLS || a.Approver { // approvers are reached with it
@@ -266,6 +270,19 @@ func testified(t *attest.Testimony) string {
 	return fmt.Sprintf("signatures audited to period %d, digest %x", t.Counter, t.Digest)
 }
 
+// cancelScope is the scope of the agent's key for cancels: the agent's own, but
+// for what it may do.
+func cancelScope(a *Agent) ([]byte, error) {
+	s, err := scope.Parse([]byte(a.Scope))
+	if err != nil {
+		return nil, err
+	}
+	if s, err = s.CancelsOnly(); err != nil {
+		return nil, err
+	}
+	return s.Canonical(), nil
+}
+
 // grant issues the agent's certificates from an appraisal's result.
 func (i *Issuer) grant(ctx context.Context, a *Agent, x *session, r *attest.Result) (*attest.Grant, error) {
 	if !r.Valid() {
@@ -278,8 +295,13 @@ func (i *Issuer) grant(ctx context.Context, a *Agent, x *session, r *attest.Resu
 	g := &attest.Grant{Policies: x.challenge.Policies, RenewAfter: i.now().Add(i.config.lifetime * 2 / 3).UTC().Truncate(time.Second)}
 	for _, k := range r.Keys() {
 		o := order{profile: k.Purpose, key: k.PublicKey, agent: a.Name, lifetime: i.config.lifetime}
-		if k.Purpose == attest.PurposeAction {
-			o.scope = []byte(a.Scope)
+		if k.Purpose == attest.PurposeAction || k.Purpose == attest.PurposeCancel {
+			o.profile, o.scope = profileAction, []byte(a.Scope)
+			if k.Purpose == attest.PurposeCancel {
+				if o.scope, err = cancelScope(a); err != nil {
+					return nil, err
+				}
+			}
 			o.attestation = &certext.Attestation{
 				Policy: r.Policy(), EvidenceSHA256: fmt.Sprintf("%x", r.EvidenceDigest()), Time: r.Time().UTC().Truncate(time.Second),
 				Protection: certext.ProtectionTPM, Mode: attest.ModeLocal, AKName: hex.EncodeToString(ak), KeyName: hex.EncodeToString(k.Name), AuthPolicy: hex.EncodeToString(k.AuthPolicy),

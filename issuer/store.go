@@ -46,6 +46,7 @@ CREATE TABLE agent(
 	tls     INTEGER NOT NULL,            -- a TLS key too: 1 in the TPM, 2 in an HSM
 	hsm     INTEGER NOT NULL,            -- the action key is in an HSM
 	approver INTEGER NOT NULL,           -- the action key is in approver mode
+	cancels INTEGER NOT NULL DEFAULT 0,  -- and there is another one, in local mode, for cancels alone
 	vendor  TEXT NOT NULL,               -- format of the evidence that an HSM's maker must give; empty: none
 	vendor_roots TEXT NOT NULL,          -- PEM
 	status  TEXT NOT NULL CHECK (status IN ('active', 'suspended', 'retired')),
@@ -115,12 +116,13 @@ type Device struct {
 type Agent struct {
 	Name     string `json:"name"`
 	Device   string `json:"device"`
-	Scope    string `json:"scope"`             // JSON; canonical in output
-	TLS      bool   `json:"tls,omitzero"`      // wants a TLS certificate too
-	TLSHSM   bool   `json:"tls_hsm,omitzero"`  // likewise, with the TLS key in an HSM of the host
-	HSM      bool   `json:"hsm,omitzero"`      // its action key is in an HSM of the host, not in the TPM
-	Approver bool   `json:"approver,omitzero"` // its action key is in approver mode, and it has a TLS certificate
-	Status   string `json:"status,omitzero"`   // active, suspended, retired
+	Scope    string `json:"scope"`                            // JSON; canonical in output
+	TLS      bool   `json:"tls,omitzero"`                     // wants a TLS certificate too
+	TLSHSM   bool   `json:"tls_hsm,omitzero"`                 // likewise, with the TLS key in an HSM of the host
+	HSM      bool   `json:"hsm,omitzero"`                     // its action key is in an HSM of the host, not in the TPM
+	Approver bool   `json:"approver,omitzero"`                // its action key is in approver mode, and it has a TLS certificate
+	Cancels  bool   `json:"cancel_without_approver,omitzero"` // with Approver: besides it has a key in local mode that is certified for cancels alone
+	Status   string `json:"status,omitzero"`                  // active, suspended, retired
 
 	Vendor      string `json:"vendor,omitzero"`       // with HSM: the format of the evidence that the HSM's maker must give, or empty
 	VendorRoots string `json:"vendor_roots,omitzero"` // PEM, that its evidence must lead to
@@ -360,6 +362,8 @@ func (s *store) addAgent(ctx context.Context, a Agent, now time.Time) error {
 	}
 	tls := 0
 	switch {
+	case a.Cancels && !a.Approver:
+		return fmt.Errorf("agent %.80s: %w: a key for cancels alone stands beside a key in approver mode", a.Name, ErrInvalid)
 	case a.TLSHSM && a.Approver:
 		return fmt.Errorf("agent %.80s: %w: approvers know an agent by a TLS key in the TPM", a.Name, ErrInvalid)
 	case a.TLSHSM:
@@ -374,7 +378,7 @@ func (s *store) addAgent(ctx context.Context, a Agent, now time.Time) error {
 		return fmt.Errorf("agent name %.80q: %w: %s", a.Name, ErrInvalid, idRule)
 	}
 	return s.inTx(ctx, func(tx *sql.Tx) error {
-		_, err := tx.ExecContext(ctx, "INSERT INTO agent(name, device, scope, tls, hsm, approver, vendor, vendor_roots, status, created) VALUES(?, ?, ?, ?, ?, ?, ?, ?, ?, ?)", a.Name, a.Device, sc.Canonical(), tls, a.HSM, a.Approver, a.Vendor, a.VendorRoots, Active, now.Unix())
+		_, err := tx.ExecContext(ctx, "INSERT INTO agent(name, device, scope, tls, hsm, approver, cancels, vendor, vendor_roots, status, created) VALUES(?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?)", a.Name, a.Device, sc.Canonical(), tls, a.HSM, a.Approver, a.Cancels, a.Vendor, a.VendorRoots, Active, now.Unix())
 		if err := constraint(err, "agent "+a.Name); err != nil {
 			return err
 		}
@@ -415,13 +419,13 @@ func scanAgent(row interface{ Scan(...any) error }) (*Agent, error) {
 	var a Agent
 	var sc []byte
 	var tls int
-	err := row.Scan(&a.Name, &a.Device, &sc, &tls, &a.HSM, &a.Approver, &a.Vendor, &a.VendorRoots, &a.Status)
+	err := row.Scan(&a.Name, &a.Device, &sc, &tls, &a.HSM, &a.Approver, &a.Cancels, &a.Vendor, &a.VendorRoots, &a.Status)
 	a.Scope, a.TLS, a.TLSHSM = string(sc), tls == 1, tls == 2
 	return &a, err
 }
 
 func (s *store) agent(ctx context.Context, name string) (*Agent, error) {
-	a, err := scanAgent(s.db.QueryRowContext(ctx, "SELECT name, device, scope, tls, hsm, approver, vendor, vendor_roots, status FROM agent WHERE name = ?", name))
+	a, err := scanAgent(s.db.QueryRowContext(ctx, "SELECT name, device, scope, tls, hsm, approver, cancels, vendor, vendor_roots, status FROM agent WHERE name = ?", name))
 	if errors.Is(err, sql.ErrNoRows) {
 		return nil, fmt.Errorf("agent %.80q: %w", name, ErrNotFound)
 	}
@@ -429,7 +433,7 @@ func (s *store) agent(ctx context.Context, name string) (*Agent, error) {
 }
 
 func (s *store) agents(ctx context.Context) ([]*Agent, error) {
-	return list(ctx, s.db, func(r *sql.Rows) (*Agent, error) { return scanAgent(r) }, "SELECT name, device, scope, tls, hsm, approver, vendor, vendor_roots, status FROM agent ORDER BY name")
+	return list(ctx, s.db, func(r *sql.Rows) (*Agent, error) { return scanAgent(r) }, "SELECT name, device, scope, tls, hsm, approver, cancels, vendor, vendor_roots, status FROM agent ORDER BY name")
 }
 
 // setStatus suspends, resumes or retires an agent. Whatever is not active has

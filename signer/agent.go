@@ -33,15 +33,17 @@ const (
 // It is safe for concurrent use.
 type Agent struct {
 	name      string
-	key       crypto.Signer // used by sign and by Checkpoint alone
+	key       crypto.Signer // used by sign, through the credential, and by Checkpoint alone
 	approvers *client.Group // for a key in approver mode
 	log       *audit.Log
 	lifetime  time.Duration
 	prices    *priceFile
 	busy      chan struct{}
 	current   atomic.Pointer[credential]
-	sealing   sync.Mutex    // one checkpoint at a time
-	every     time.Duration // between checkpoints
+	cancels   *CancelCredentials         // nil: cancels are signed as all else is
+	cancel    atomic.Pointer[credential] // of them; nil: there is none
+	sealing   sync.Mutex                 // one checkpoint at a time
+	every     time.Duration              // between checkpoints
 	now       func() time.Time
 	metrics   *agentMetrics
 	device    func() DeviceStatus // nil: not known
@@ -54,6 +56,7 @@ type Agent struct {
 
 // credential is a certificate and all that is derived from it once.
 type credential struct {
+	key      crypto.Signer
 	chain    []*x509.Certificate
 	action   *certext.ActionCertificate
 	scope    *scope.Scope
@@ -62,15 +65,15 @@ type credential struct {
 	identity audit.Identity
 }
 
-func newCredential(chain []*x509.Certificate, key crypto.PublicKey, lifetime time.Duration) (*credential, error) {
+func newCredential(chain []*x509.Certificate, key crypto.Signer, lifetime time.Duration) (*credential, error) {
 	if len(chain) == 0 {
 		return nil, errors.New("no certificate")
 	}
 	leaf := chain[0]
-	if k, ok := key.(interface{ Equal(crypto.PublicKey) bool }); !ok || !k.Equal(leaf.PublicKey) {
+	if k, ok := key.Public().(interface{ Equal(crypto.PublicKey) bool }); !ok || !k.Equal(leaf.PublicKey) {
 		return nil, errors.New("the certificate is not for the agent's key")
 	}
-	c := &credential{chain: chain}
+	c := &credential{key: key, chain: chain}
 	var err error
 	if c.action, err = certext.ParseAction(leaf); err != nil {
 		return nil, fmt.Errorf("the certificate: %w", err)
@@ -94,7 +97,7 @@ func newCredential(chain []*x509.Certificate, key crypto.PublicKey, lifetime tim
 // SetChain replaces the agent's certificate, leaf first, without interrupting
 // what is being signed. The certificate stands in the record before it is used.
 func (a *Agent) SetChain(ctx context.Context, chain []*x509.Certificate) error {
-	c, err := newCredential(chain, a.key.Public(), a.lifetime)
+	c, err := newCredential(chain, a.key, a.lifetime)
 	if err != nil {
 		return fmt.Errorf("agent %s: %w", a.name, err)
 	}
@@ -104,6 +107,34 @@ func (a *Agent) SetChain(ctx context.Context, chain []*x509.Certificate) error {
 	a.current.Store(c)
 	a.settle(ctx)
 	a.metrics.notAfter.Set(float64(chain[0].NotAfter.Unix()))
+	return nil
+}
+
+// setCancelChain takes the certificate of the key for cancels. One that allows
+// anything else is refused: that key needs no approver.
+func (a *Agent) setCancelChain(ctx context.Context) error {
+	if a.cancels == nil {
+		return nil
+	}
+	chain, err := a.cancels.Chain()
+	if err != nil {
+		return fmt.Errorf("agent %s: cancels: %w", a.name, err)
+	}
+	c, err := newCredential(chain, a.cancels.Key, a.lifetime)
+	if err != nil {
+		return fmt.Errorf("agent %s: cancels: %w", a.name, err)
+	}
+	only, err := c.scope.CancelsOnly()
+	if err != nil {
+		return fmt.Errorf("agent %s: cancels: %w", a.name, err)
+	}
+	if only.Hash() != c.scope.Hash() {
+		return fmt.Errorf("agent %s: the certificate for cancels allows more than cancels", a.name)
+	}
+	if err := a.log.AddCertificate(ctx, chain); err != nil {
+		return err
+	}
+	a.cancel.Store(c)
 	return nil
 }
 
@@ -132,6 +163,10 @@ func (a *Agent) Act(ctx context.Context, body []byte, run *scope.Run, authorizat
 	action, err := scope.ParseAction(body)
 	if err != nil {
 		return nil, a.refuse(ctx, nil, err, cred, run)
+	}
+
+	if c := a.cancel.Load(); c != nil && action.IsCancel() {
+		cred = c // its own key, which no approver stands before
 	}
 
 	// 3. Check the scope that the certificate has.
@@ -193,7 +228,7 @@ func (a *Agent) sign(ctx context.Context, cred *credential, receipt *audit.Recei
 		opts = &authorization{ctx, a, &client.Proposal{Chain: cred.chain, Statement: statement, Counter: receipt.Counter(), Entries: a.log.Statements}}
 	}
 	begun := time.Now()
-	signature, err := jws.SignWith(a.key, input, opts)
+	signature, err := jws.SignWith(cred.key, input, opts)
 	a.metrics.device.Observe(time.Since(begun).Seconds())
 	if r, ok := errors.AsType[*client.Refused](err); ok {
 		a.logger.Warn("an approver refuses", "agent", a.name, "counter", receipt.Counter(), "error", err)
@@ -208,7 +243,7 @@ func (a *Agent) sign(ctx context.Context, cred *credential, receipt *audit.Recei
 		a.logger.Error("the device did not sign", "agent", a.name, "error", err)
 		return "", &scope.Refusal{Rule: RuleDevice, Message: "recorded, but the device did not sign: " + err.Error()}
 	}
-	if _, done := a.key.(interface{ VerifiesSignatures() }); done {
+	if _, done := cred.key.(interface{ VerifiesSignatures() }); done {
 		// With the certificate's key: newCredential has compared them.
 	} else if err := jws.Verify(cred.chain[0].PublicKey, cred.alg, input, signature); err != nil {
 		a.logger.Error("the device's signature is wrong", "agent", a.name, "error", err)

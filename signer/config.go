@@ -82,6 +82,9 @@ type AgentConfig struct {
 	CheckpointEvery   string         `json:"checkpoint_interval,omitempty"` // how often the record's head is signed, 10m by default
 	RollbackInterval  string         `json:"rollback_interval,omitempty"`   // how often the record is bound to the TPM's counter, 1s by default; 0s: before each answer
 
+	// Of an agent in approver mode: cancels are signed with a key of their own, without an approver.
+	Cancels bool `json:"cancel_without_approver,omitzero"`
+
 	lifetime, checkpoints, bindEvery time.Duration
 }
 

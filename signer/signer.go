@@ -32,11 +32,20 @@ type Credentials struct {
 	Key    crypto.Signer
 	Chain  []*x509.Certificate // empty: there is none yet
 	Device func() DeviceStatus // what operators see of the device; nil: nothing
+	// Cancel is another key, with its certificate, that signs cancels alone, so that
+	// they need no approver; nil: there is none. Chain is called after each renewal.
+	Cancel *CancelCredentials
 	// Testify has the device say what it signed, for its journal of signatures; nil: it cannot.
 	Testify func() error
 	Anchor  audit.Anchor // what the record is bound to; nil: an older record in its place is not found out
 	// Approvers get the authorizations that a key in approver mode needs; nil: there are none.
 	Approvers *client.Group
+}
+
+// CancelCredentials are an agent's key for cancels alone.
+type CancelCredentials struct {
+	Key   crypto.Signer
+	Chain func() ([]*x509.Certificate, error)
 }
 
 // Renewer gets agents certificates. Renew returns a fresh chain for the
@@ -83,7 +92,7 @@ func Open(ctx context.Context, c *Config, credentials map[string]Credentials, re
 		if err := os.MkdirAll(dir, 0o700); err != nil {
 			return nil, err
 		}
-		a := &Agent{name: ac.Name, key: cred.Key, approvers: cred.Approvers, lifetime: ac.lifetime, every: ac.checkpoints, busy: make(chan struct{}, ac.MaxConcurrent), now: time.Now, metrics: s.metrics.agent(ac.Name), logger: log, device: cred.Device, testify: cred.Testify, policy: ac.Policy}
+		a := &Agent{name: ac.Name, key: cred.Key, approvers: cred.Approvers, lifetime: ac.lifetime, every: ac.checkpoints, busy: make(chan struct{}, ac.MaxConcurrent), now: time.Now, metrics: s.metrics.agent(ac.Name), logger: log, device: cred.Device, testify: cred.Testify, policy: ac.Policy, cancels: cred.Cancel}
 		if a.prices, err = openPrices(ac.ReferencePrices, ac.ReferenceKey); err != nil {
 			return nil, fmt.Errorf("agent %s: %w", ac.Name, err)
 		}
@@ -96,7 +105,7 @@ func Open(ctx context.Context, c *Config, credentials map[string]Credentials, re
 		}
 		s.agents[ac.Name] = a
 		if len(cred.Chain) > 0 {
-			if err := a.SetChain(ctx, cred.Chain); err != nil {
+			if err := errors.Join(a.SetChain(ctx, cred.Chain), a.setCancelChain(ctx)); err != nil {
 				return nil, err
 			}
 		}
@@ -148,7 +157,7 @@ func (s *Signer) renew(ctx context.Context, a *Agent) {
 		}
 		chain, again, err := s.renewer.Renew(ctx, a.name)
 		if err == nil {
-			err = a.SetChain(ctx, chain)
+			err = errors.Join(a.SetChain(ctx, chain), a.setCancelChain(ctx))
 		}
 		if err != nil {
 			if ctx.Err() != nil {

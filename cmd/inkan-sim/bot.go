@@ -63,7 +63,7 @@ func (b *bot) add(ctx context.Context) error {
 	if err := b.write("bot.yaml", scope); err != nil {
 		return err
 	}
-	kind := []string{b.keyFlag()}
+	kind := b.keyFlags()
 	if b.tlsURI != "" {
 		kind = append(kind, "--tls-hsm")
 	}

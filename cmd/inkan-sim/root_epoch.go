@@ -9,7 +9,6 @@ import (
 
 	"inkan/attest"
 	"inkan/signer"
-	"inkan/signer/client"
 )
 
 // rotate replaces the approver's key: the policy key approves the new one for
@@ -34,7 +33,8 @@ func (r *root) rotate(ctx context.Context) error {
 		}
 	}
 	var ready struct{ Signers string }
-	if _, err := w.startReady("approver2", &ready, "approver", "serve", "--config", w.path("approver2", "approver.yaml")); err != nil {
+	approver, err := w.startReady("approver2", &ready, "approver", "serve", "--config", w.path("approver2", "approver.yaml"))
+	if err != nil {
 		return err
 	}
 	w.approverAt, w.approverDir = []string{ready.Signers}, "approver2"
@@ -55,13 +55,17 @@ func (r *root) rotate(ctx context.Context) error {
 		return err
 	}
 	// r.approved is the approval of the epoch that has ended.
-	return r.tpmAttack("the approval of the epoch before", "TPM_RC_POLICY:", func() error {
+	if err := r.tpmAttack("the approval of the epoch before", "TPM_RC_POLICY:", func() error {
 		s, err := r.session()
 		if err != nil {
 			return err
 		}
 		return r.pcr(s, r.approved)
-	})
+	}); err != nil {
+		return err
+	}
+	w.title("12. No approver answers")
+	return r.alone(ctx, approver)
 }
 
 // keyFile tells the agent's key file from another.
@@ -161,7 +165,7 @@ func (r *root) changed(ctx context.Context) error {
 	}); err != nil {
 		return err
 	}
-	return r.w.attack("the front door, on the changed host", "TPM", "PCR 7", func() (bool, string, error) {
-		return r.w.signs(ctx, r.w.inkan, order(client.NewID()))
+	return r.w.attack("a cancel, on the changed host", "TPM", "PCR 7", func() (bool, string, error) {
+		return r.w.signs(ctx, r.w.inkan, cancelOrder())
 	})
 }

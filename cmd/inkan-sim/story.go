@@ -25,7 +25,7 @@ func runDemo(ctx context.Context, out io.Writer, inkan string, hsm, approver, as
 	}
 	steps := []func(context.Context) error{w.makeBot, w.bringUp, w.trade, confined, w.attacks}
 	if approver {
-		w.withApprover = true
+		w.withApprover, w.bindAtOnce = true, true
 		steps = []func(context.Context) error{w.makeBot, w.bringUp, w.trade, confined, w.attacksAsRoot}
 	}
 	if hsm {

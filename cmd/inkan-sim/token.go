@@ -10,19 +10,25 @@ import (
 	"inkan/simulator"
 )
 
-// keyFlag says to the issuer where the action key is.
-func (w *world) keyFlag() string {
+// keyFlags say to the issuer where the action key is.
+func (w *world) keyFlags() []string {
 	if w.keyURI != "" {
-		return "--hsm"
+		return []string{"--hsm"}
 	}
 	if w.withApprover {
-		return "--approver"
+		if w.bindAtOnce {
+			return []string{"--approver", "--cancel-without-approver"}
+		}
+		return []string{"--approver"}
 	}
-	return "--tls"
+	return []string{"--tls"}
 }
 
 // keyLine says so to the signer.
 func (w *world) keyLine() string {
+	if w.bindAtOnce {
+		return "    cancel_without_approver: true\n    rollback_interval: 0s\n"
+	}
 	if w.keyURI == "" {
 		return ""
 	}

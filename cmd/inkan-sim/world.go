@@ -36,6 +36,7 @@ type world struct {
 	withFaults bool // a module that does harm on demand stands before the token's
 	faults     *simulator.FaultModule
 
+	bindAtOnce    bool   // the signer leaves the TPM alone between actions, which root is to have; and it has a key for cancels
 	caller        string // executable of the agent; empty: the inkan command
 	withoutEpochs bool   // with an approver, and approvals without an epoch
 
@@ -196,7 +197,7 @@ func (w *world) inventory(ctx context.Context) error {
 		}
 	}
 	for _, a := range w.agents {
-		if _, err := w.run(ctx, "issuer", "agent", "add", "--dir", dir, "--name", a, "--device", "host1", "--scope", w.path("scope.yaml"), w.keyFlag()); err != nil {
+		if _, err := w.run(ctx, append([]string{"issuer", "agent", "add", "--dir", dir, "--name", a, "--device", "host1", "--scope", w.path("scope.yaml")}, w.keyFlags()...)...); err != nil {
 			return err
 		}
 	}

@@ -79,7 +79,8 @@ func issuerCommand(e *env) *cli.Command {
 				sub("add", "add an agent with its scope", agentAdd, adminFlags(str("name", "`NAME` of the agent"), str("device", "`NAME` of the device that it runs on"),
 					str("scope", "YAML or JSON `FILE`"), &cli.BoolFlag{Name: "tls", Usage: "certify a TLS key too, in the TPM"}, &cli.BoolFlag{Name: "tls-hsm", Usage: "certify a TLS key too, in an HSM of the host"}, &cli.BoolFlag{Name: "hsm", Usage: "the action key is in an HSM of the host"},
 					str("hsm-vendor", "with --hsm: the HSM's maker must vouch for the key, in this `FORMAT`: yubihsm2 or pkix"), str("hsm-root", "PEM `FILE` with the roots of the maker's evidence"),
-					&cli.BoolFlag{Name: "approver", Usage: "the action key is in approver mode: the TPM demands an approver's authorization of each signature"})...),
+					&cli.BoolFlag{Name: "approver", Usage: "the action key is in approver mode: the TPM demands an approver's authorization of each signature"},
+					&cli.BoolFlag{Name: "cancel-without-approver", Usage: "with --approver: certify another key, in local mode, for cancels alone"})...),
 				sub("list", "list the agents", agentList, adminFlags()...),
 				agentStatus("suspend", "revoke an agent's certificates until it is resumed", issuer.Suspended),
 				agentStatus("resume", "let a suspended agent renew again", issuer.Active),
@@ -361,7 +362,7 @@ func agentAdd(e *env, c *cli.Context) error {
 		if err != nil {
 			return err
 		}
-		a := issuer.Agent{Name: name, Device: device, Scope: string(s.Canonical()), TLS: c.Bool("tls"), TLSHSM: c.Bool("tls-hsm"), HSM: c.Bool("hsm"), Approver: c.Bool("approver"), Vendor: c.String("hsm-vendor")}
+		a := issuer.Agent{Name: name, Device: device, Scope: string(s.Canonical()), TLS: c.Bool("tls"), TLSHSM: c.Bool("tls-hsm"), HSM: c.Bool("hsm"), Approver: c.Bool("approver"), Cancels: c.Bool("cancel-without-approver"), Vendor: c.String("hsm-vendor")}
 		if path := c.String("hsm-root"); path != "" {
 			b, err := os.ReadFile(path)
 			if err != nil {

@@ -91,6 +91,7 @@ type host struct {
 	tokens map[string]crypto.Signer // keys in a token, by agent and purpose
 	stats  map[string]func() signer.DeviceStatus
 	tls    map[string]*tpm.Key // TLS keys of agents in approver mode
+	cancel map[string]*tpm.Key // keys for cancels alone, of such agents
 	audit  string              // on, or why the TPM does not testify to its signatures
 	closer []io.Closer
 }
@@ -220,7 +221,7 @@ func openHost(config *signer.Config) (*host, error) {
 	if err != nil {
 		return nil, err
 	}
-	h := &host{config: config, dev: dev, issuer: attester.Issuer{URL: config.Issuer.URL, Roots: roots}, keys: make(map[string]*tpm.Key), tokens: make(map[string]crypto.Signer), tls: make(map[string]*tpm.Key), stats: make(map[string]func() signer.DeviceStatus), closer: []io.Closer{dev}}
+	h := &host{config: config, dev: dev, issuer: attester.Issuer{URL: config.Issuer.URL, Roots: roots}, keys: make(map[string]*tpm.Key), tokens: make(map[string]crypto.Signer), tls: make(map[string]*tpm.Key), cancel: make(map[string]*tpm.Key), stats: make(map[string]func() signer.DeviceStatus), closer: []io.Closer{dev}}
 	if err := h.startAudit(); err != nil {
 		h.close()
 		return nil, err
@@ -267,7 +268,7 @@ func (h *host) enrol(ctx context.Context, agent string) ([]*x509.Certificate, ti
 	if err != nil {
 		return nil, time.Time{}, err
 	}
-	keys, err := state.Keys(attest.PurposeAction, attest.PurposeTLS)
+	keys, err := state.Keys(attest.PurposeAction, attest.PurposeTLS, attest.PurposeCancel)
 	if err != nil {
 		return nil, time.Time{}, err
 	}
@@ -333,7 +334,7 @@ func (h *host) keepPolicies(p *tpm.Policies) error {
 		if err := state.SavePolicies(p); err != nil {
 			return err
 		}
-		for _, k := range []*tpm.Key{h.keys[a.Name], h.tls[a.Name]} {
+		for _, k := range []*tpm.Key{h.keys[a.Name], h.tls[a.Name], h.cancel[a.Name]} {
 			if k != nil {
 				k.SetPolicies(p)
 			}
@@ -387,12 +388,38 @@ func (h *host) credentials(ctx context.Context, agent string) (signer.Credential
 	if h.dev.Audited() {
 		cred.Testify = h.testify
 	}
+	if cred.Cancel, err = h.cancels(agent, state, &policies); err != nil {
+		return signer.Credentials{}, fmt.Errorf("agent %s: %w", agent, err)
+	}
 	if k.Mode() == attest.ModeApprover {
 		if cred.Approvers, err = h.approvers(agent, state, &policies); err != nil {
 			return signer.Credentials{}, fmt.Errorf("agent %s: %w", agent, err)
 		}
 	}
 	return cred, nil
+}
+
+// cancels loads an agent's key for cancels, if the configuration asks for it.
+func (h *host) cancels(agent string, state *signer.State, policies *tpm.Policies) (*signer.CancelCredentials, error) {
+	for _, a := range h.config.Agents {
+		if a.Name != agent || !a.Cancels {
+			continue
+		}
+		keys, err := state.Keys(attest.PurposeCancel)
+		if err != nil {
+			return nil, err
+		}
+		if keys[attest.PurposeCancel] == nil {
+			return nil, errors.New("cancel_without_approver: the issuer certified no key for cancels: its inventory must allow it (inkan issuer agent add --cancel-without-approver); then enrol the agent anew")
+		}
+		k, err := h.dev.LoadKey(keys[attest.PurposeCancel], policies)
+		if err != nil {
+			return nil, err
+		}
+		h.cancel[agent] = k
+		return &signer.CancelCredentials{Key: k, Chain: func() ([]*x509.Certificate, error) { return state.Chain(attest.PurposeCancel) }}, nil
+	}
+	return nil, nil
 }
 
 func signerEnrol(e *env, c *cli.Context) error {

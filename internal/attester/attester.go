@@ -176,7 +176,7 @@ func hello(dev *tpm.Device, agent string) (*attest.Hello, *tpm.EK, error) {
 func ensureKeys(dev *tpm.Device, c *attest.Challenge, have map[string][]byte, external map[string]crypto.Signer, out *Outcome) ([]crypto.Signer, error) {
 	var loaded []crypto.Signer
 	for _, want := range c.Keys {
-		if want.Purpose != attest.PurposeAction && want.Purpose != attest.PurposeTLS {
+		if !slices.Contains([]string{attest.PurposeAction, attest.PurposeTLS, attest.PurposeCancel}, want.Purpose) {
 			return nil, fmt.Errorf("the issuer asks for a key for %.16q, which is not known here", want.Purpose)
 		}
 		other := external[want.Purpose]
