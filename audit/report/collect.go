@@ -9,8 +9,6 @@ package report
 
 import (
 	"cmp"
-	"encoding/base64"
-	"encoding/json"
 	"maps"
 	"slices"
 	"strings"
@@ -56,8 +54,8 @@ type record struct {
 	rules       tallies
 	refused     []row // the last
 	entries     []row // the last
-	events      []row
-	eventCount  uint64
+	events      []happening
+	eventCount  uint64 // of happenings
 	first, last time.Time
 
 	certificates map[scope.Digest]*certificate
@@ -234,10 +232,13 @@ func (r *record) add(v *audit.Verified) {
 		r.refused = last(r.refused, x)
 	default: // a fact that is no action, such as a kill
 		r.activity.add(at, 2, 1)
-		x.What = clip(eventOf(v.Entry.Statement))
-		r.eventCount++
-		if len(r.events) < maxEvents {
-			r.events = append(r.events, x)
+	}
+	for _, h := range happened(v) {
+		if r.eventCount++; len(r.events) < maxEvents {
+			r.events = append(r.events, h)
+		}
+		if x.What == "" {
+			x.What = h.Text
 		}
 	}
 	r.entries = last(r.entries, x)
@@ -315,35 +316,4 @@ func (r *record) under(v *audit.Verified) {
 	if i := slices.IndexFunc(r.scopes, func(a *allowed) bool { return a.digest == c.scope }); i >= 0 {
 		r.scopes[i].last = n
 	}
-}
-
-// eventOf returns the text of an event, which is JSON or a JWS with JSON inside,
-// in words: its members.
-func eventOf(statement []byte) string {
-	var s struct {
-		Event string `json:"evt"`
-	}
-	if json.Unmarshal(statement, &s) != nil || s.Event == "" {
-		return ""
-	}
-	text := s.Event
-	if parts := strings.Split(text, "."); len(parts) == 3 {
-		if b, err := base64.RawURLEncoding.DecodeString(parts[1]); err == nil {
-			text = string(b)
-		}
-	}
-	var members map[string]json.RawMessage
-	if json.Unmarshal([]byte(text), &members) != nil {
-		return text
-	}
-	var out []string
-	for _, name := range slices.Sorted(maps.Keys(members)) {
-		value := string(members[name])
-		var plain string
-		if json.Unmarshal(members[name], &plain) == nil {
-			value = plain
-		}
-		out = append(out, name+": "+value)
-	}
-	return strings.Join(out, "; ")
 }

@@ -12,6 +12,7 @@ import (
 	"time"
 
 	"inkan/audit"
+	"inkan/scope"
 )
 
 // TestSeries: whatever the times, nothing is lost and bins stay in their places.
@@ -68,17 +69,27 @@ func TestVisible(t *testing.T) {
 	}
 }
 
-func TestEvent(t *testing.T) {
-	signed := "e30." + base64.RawURLEncoding.EncodeToString([]byte(`{"reason":"x","count":3}`)) + ".sig"
+func TestInWords(t *testing.T) {
+	signed := "e30." + base64.RawURLEncoding.EncodeToString([]byte(`{"reason":"x","count":3,"scope":{"a":1}}`)) + ".sig"
 	for in, want := range map[string]string{
-		`{"evt":"{\"by\":\"uid 0\",\"scope\":\"agent\"}"}`: "by: uid 0; scope: agent",
-		`{"evt":"` + signed + `"}`:                         "count: 3; reason: x",
-		`{"evt":"not JSON"}`:                               "not JSON",
-		`{"dec":"event"}`:                                  "",
-		`no JSON`:                                          "",
+		`{"by":"uid 0","scope":"agent"}`: "by: uid 0; scope: agent",
+		signed:                           "count: 3; reason: x",
+		"not JSON":                       "not JSON",
+		"a.b.c":                          "a.b.c",
+		"":                               "",
 	} {
-		if got := eventOf([]byte(in)); got != want {
+		if got := inWords(in, nil); got != want {
 			t.Errorf("%s: %q, want %q", in, got, want)
+		}
+	}
+}
+
+// TestUnknownEvent: what a later version may write has its place all the same.
+func TestUnknownEvent(t *testing.T) {
+	for kind, want := range map[scope.Kind]string{"control.later": "control.later", "": "later"} {
+		st := &scope.Statement{Counter: 7, Kind: kind, Event: `{"x":1}`, Decision: scope.Decision{Decision: "later"}}
+		if got := happened(&audit.Verified{Statement: st}); len(got) != 1 || got[0].Title != want || got[0].Text != "x: 1" {
+			t.Errorf("%+v", got)
 		}
 	}
 }

@@ -23,24 +23,24 @@ type view struct {
 	Name    string // the last part of the agent's ID
 	Report  *audit.Report
 	Part    string // what the export selects, if it does
-	Events  uint64
 
 	Proven, Unproven []claim
 	Unsigned         uint64 // permits without a stored signature
 
-	Scopes    []scopeView
-	Activity  *chart
-	Tables    []table // by kind, venue and instrument
-	Rules     table
-	Limits    []limitView
-	NotShown  bool // some limits are not among them
-	Refused   []row
-	Happened  []row
-	Certs     []certificateView
-	CertsLeft int // that are not listed
-	Life      *chart
-	Starts    []startView
-	Entries   []row
+	Scopes     []scopeView
+	Activity   *chart
+	Tables     []table // by kind, venue and instrument
+	Rules      table
+	Limits     []limitView
+	NotShown   bool // some limits are not among them
+	Refused    []row
+	Happened   []happening
+	Happenings uint64 // in all
+	Certs      []certificateView
+	CertsLeft  int // that are not listed
+	Life       *chart
+	Starts     []startView
+	Entries    []row
 }
 
 type claim struct{ Name, Title, Text string }
@@ -100,7 +100,7 @@ type startView struct {
 }
 
 func newView(r *audit.Report, x *record) *view {
-	v := &view{Report: r, Name: clip(r.Agent[strings.LastIndex(r.Agent, "/")+1:]), Events: x.eventCount, Unsigned: r.Permits - r.Signed}
+	v := &view{Report: r, Name: clip(r.Agent[strings.LastIndex(r.Agent, "/")+1:]), Happenings: x.eventCount, Unsigned: r.Permits - r.Signed}
 	if !r.Filter.All() {
 		v.Part = clip(r.Filter.String())
 	}

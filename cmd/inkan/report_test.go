@@ -3,6 +3,9 @@ package main
 import (
 	"bytes"
 	"context"
+	"crypto/ecdsa"
+	"crypto/elliptic"
+	"crypto/rand"
 	"crypto/sha256"
 	"crypto/x509"
 	"encoding/json"
@@ -10,7 +13,7 @@ import (
 	"fmt"
 	"image"
 	"image/png"
-	"math/rand/v2"
+	random "math/rand/v2"
 	"os"
 	"os/exec"
 	"path/filepath"
@@ -28,8 +31,9 @@ import (
 	"inkan/signer/client"
 )
 
+// reportScope lacks its controllers, which have keys of their own.
 const reportScope = `{"allowed_actions":["order.cancel","order.new"],"allowed_instruments":[{"id":"isin:FR0000120271"},{"id":"isin:FR0000131104"}],"allowed_ord_types":["2"],"allowed_sides":["1","2"],"allowed_tif":["0"],"allowed_venues":["XAMS","XPAR"],"max_messages_per_window":[{"count":60,"window":{"rolling_s":3600}}],` +
-	`"max_notional_per_window":[{"amount":"400000","currency":"EUR","window":{"rolling_s":3600}}],"max_order_notional":[{"amount":"25000","currency":"EUR"}],"max_qty_per_window":[{"instrument":"*","qty":"40000","window":{"day_cut":"22:00"}}],"os":{"execute":["/opt/bot"]},"version":1}`
+	`"max_notional_per_window":[{"amount":"400000","currency":"EUR","window":{"rolling_s":3600}}],"max_order_notional":[{"amount":"25000","block":"soft","currency":"EUR"}],"max_qty_per_window":[{"instrument":"*","qty":"40000","window":{"day_cut":"22:00"}}]%s,"version":1}`
 
 // history is a record of two days, with three certificates, and what a hostile
 // agent and host can write into one.
@@ -47,7 +51,15 @@ func newHistory(t *testing.T) *history {
 	h := &history{ca: filepath.Join(dir, "ca.pem"), log: filepath.Join(dir, "log.db")}
 	ca := testca.New(t)
 	writeFile(t, h.ca, pem.EncodeToMemory(&pem.Block{Type: "CERTIFICATE", Bytes: ca.Certificate.Raw}))
-	s, err := scope.ParseCanonical([]byte(reportScope))
+	person, err := ecdsa.GenerateKey(elliptic.P256(), rand.Reader)
+	if err != nil {
+		t.Fatal(err)
+	}
+	key, err := scope.ControllerKey(&person.PublicKey)
+	if err != nil {
+		t.Fatal(err)
+	}
+	s, err := scope.Parse(fmt.Appendf(nil, reportScope, `,"os":{"execute":["/opt/bot"]},"controllers":[{"key":"`+key+`","may":["override","policy","rearm"],"name":"risk-desk"}]`))
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -67,7 +79,7 @@ func newHistory(t *testing.T) *history {
 	renew := func(evidence string) {
 		att, err := certext.AttestationExtension(certext.Attestation{Policy: "kernel-6.12", EvidenceSHA256: evidence, Time: now.UTC(), Protection: certext.ProtectionTPM, Mode: "local", EK: certext.EKCertified, Device: "host1"})
 		must(err)
-		agent = ca.Agent(t, "mm-07", []byte(reportScope), func(c *x509.Certificate) {
+		agent = ca.Agent(t, "mm-07", s.Canonical(), func(c *x509.Certificate) {
 			c.NotBefore, c.NotAfter = now.Add(-time.Minute), now.Add(20*time.Hour)
 			c.ExtraExtensions[1] = att
 		})
@@ -91,7 +103,14 @@ func newHistory(t *testing.T) *history {
 		_, err = log.KeepSeal(t.Context(), x, agent.Key.Public(), sig)
 		must(err)
 	}
-	sources := rand.New(rand.NewPCG(1, 2))
+	event := func(e *scope.Event, err error) scope.Counter {
+		t.Helper()
+		must(err)
+		n, err := log.Event(t.Context(), e, h.id)
+		must(err)
+		return n
+	}
+	sources := random.New(random.NewPCG(1, 2))
 	for n := range 400 {
 		if n%150 == 0 {
 			renew(strings.Repeat(fmt.Sprint(n/150), 64))
@@ -103,6 +122,13 @@ func newHistory(t *testing.T) *history {
 		}
 		if n%17 == 3 {
 			qty = 4000
+		}
+		if n == 100 {
+			narrower, err := scope.Parse([]byte(strings.Replace(fmt.Sprintf(reportScope, ""), "400000", "300000", 1)))
+			must(err)
+			policy, err := scope.SignPolicy(person, h.id.Agent, 1, narrower, now.UTC().Truncate(time.Second), now.UTC().Truncate(time.Second).Add(48*time.Hour))
+			must(err)
+			event(scope.NewEvent(scope.EventPolicy, policy, s))
 		}
 		text := fmt.Sprintf(`{"id":%q,"aud":%q,"act":"order.new","ord":{"ClOrdID":"A-%d","SecurityID":%q,"SecurityIDSource":"4","Side":"%d","OrdType":"2","Price":"51.2","OrderQty":"%d","Currency":"EUR","TimeInForce":"0"}}`, client.NewID(), venue, n, isin, side, qty)
 		switch {
@@ -119,7 +145,13 @@ func newHistory(t *testing.T) *history {
 		}
 		a, err := scope.ParseAction([]byte(text))
 		must(err)
-		p, err := scope.Check(s, a, scope.Env{Now: now, AttestedAt: h.id.AttestedAt, Run: h.id.Run})
+		env := scope.Env{Now: now, AttestedAt: h.id.AttestedAt, Run: h.id.Run, Agent: h.id.Agent}
+		if n == 207 { // larger than the limit, with a person's leave
+			override, err := scope.SignAuthorization(person, h.id.Agent, a, scope.RuleOrderNotional, "hedge "+hostile[0], now.UTC().Truncate(time.Second), now.UTC().Truncate(time.Second).Add(time.Hour))
+			must(err)
+			env.Authorizations = []string{override}
+		}
+		p, err := scope.Check(s, a, env)
 		var r *audit.Receipt
 		if err == nil {
 			r, err = log.Record(t.Context(), p, h.id)
@@ -144,10 +176,10 @@ func newHistory(t *testing.T) *history {
 		must(log.Complete(r, jws.Compact(input, sig)))
 	}
 	kill := scope.Kill{Scope: scope.KillAgent, Reason: "runs wild " + hostile[0] + "\u202e", By: "uid 0"}
-	e, err := kill.Event(s)
+	n := event(kill.Event(s))
+	rearm, err := scope.SignRearm(person, h.id.Agent, n, "looked into", now.UTC().Truncate(time.Second), now.UTC().Truncate(time.Second).Add(time.Hour))
 	must(err)
-	_, err = log.Event(t.Context(), e, h.id)
-	must(err)
+	event(scope.NewEvent(scope.EventRearm, rearm, s))
 	seal()
 	return h
 }
@@ -290,8 +322,13 @@ func TestReport(t *testing.T) {
 	if strings.ContainsAny(dom, "\u202e\x00\x1b") || strings.Contains(s.text, strings.Repeat("W", 300)) {
 		t.Error("a text from the record was neither made visible nor bounded")
 	}
-	if !strings.Contains(s.text, "by: uid 0; reason: runs wild "+hostile[0]) || !strings.Contains(dom, `<li data-event="control.kill">`) {
-		t.Error("the page does not show the kill")
+	for kind, text := range map[string]string{"control.kill": "by: uid 0; reason: runs wild " + hostile[0], "control.policy": "signed by risk-desk; agent: ", "control.rearm": "reason: looked into", "authorization": "reason: hedge " + hostile[0]} {
+		if !strings.Contains(s.text, text) || !strings.Contains(dom, `<li data-event="`+kind+`">`) {
+			t.Errorf("the page does not show %s as %q", kind, text)
+		}
+	}
+	if !strings.Contains(s.text, "are worth at most 300000 EUR together") {
+		t.Error("the page does not say what the policy allows")
 	}
 	if n := s.elements["title"]; n < 100 || !strings.Contains(dom, "<title>Record of mm-07</title>") {
 		t.Errorf("%d titles", n)
