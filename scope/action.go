@@ -124,10 +124,20 @@ func (a *Action) Instrument() string {
 	if a.Order == nil || a.Order.SecurityID == "" {
 		return ""
 	}
-	return instrumentPrefix[a.Order.SecurityIDSource] + a.Order.SecurityID
+	return instrumentPrefix(a.Order.SecurityIDSource) + a.Order.SecurityID
 }
 
-var instrumentPrefix = map[string]string{"4": "isin:", "8": "symbol:", "Y": "dti:"}
+func instrumentPrefix(source string) string {
+	switch source {
+	case "4":
+		return "isin:"
+	case "8":
+		return "symbol:"
+	case "Y":
+		return "dti:"
+	}
+	return ""
+}
 
 func malformed(field, format string, args ...any) *Refusal {
 	return &Refusal{Rule: RuleForm, Field: field, Message: field + ": " + fmt.Sprintf(format, args...)}

@@ -175,17 +175,74 @@ func TestBookAgainstModel(t *testing.T) {
 	}
 }
 
+// BenchmarkBook is what the record's writer does for an action under every limit
+// over time: check, state what is used, count. The book has 100,000 uses.
 func BenchmarkBook(b *testing.B) {
-	s := overTime(b, `"max_notional_per_window":[{"currency":"EUR","amount":"1000000000","window":{"rolling_s":3600}}],"max_orders_per_window":[{"count":100000000,"window":{"day_cut":"00:00"}}],"duplicate_window_ms":1`)
-	book, u := scope.NewBook(), trade(b, overTime(b, `"duplicate_window_ms":0`), noon, "order.new", "1", "", "X", "1")
-	b.ReportAllocs()
-	for b.Loop() {
-		u.At = u.At.Add(2 * time.Millisecond)
-		if r := book.Check(s, u); r != nil {
-			b.Fatal(r)
+	s := fullScope(b)
+	a := order{"order.new", "1", "", "X", "1.25", "40", "3", "", "A", "XPAR"}.action(b)
+	u := order{"order.new", "1", "", "X", "1.25", "40", "3", "", "A", "XPAR"}.use(b, s, noon)
+	fill := func() (*scope.Book, time.Time) {
+		book, at := scope.NewBook(), noon
+		for range 100_000 {
+			at = at.Add(time.Second)
+			u.At = at
+			book.Add(u)
 		}
-		book.Add(u)
+		return book, at
 	}
+	one, _ := scope.ParseDecimal("1")
+	p, err := scope.Check(s, a, scope.Env{Now: noon, AttestedAt: noon, Reference: &scope.ReferencePrice{Instrument: "symbol:X", Price: one, Currency: "EUR", Source: "S", Time: noon}})
+	if err != nil {
+		b.Fatal(err)
+	}
+	b.Run("use", func(b *testing.B) {
+		b.ReportAllocs()
+		for b.Loop() {
+			scope.UseOf(p, noon)
+		}
+	})
+	b.Run("check", func(b *testing.B) {
+		book, at := fill()
+		b.ReportAllocs()
+		for b.Loop() {
+			at = at.Add(time.Second)
+			u.At = at
+			if r := book.Check(s, u); r != nil {
+				b.Fatal(r)
+			}
+		}
+	})
+	b.Run("utilisation", func(b *testing.B) {
+		book, at := fill()
+		b.ReportAllocs()
+		for b.Loop() {
+			at = at.Add(time.Second)
+			u.At = at
+			book.Utilisation(s, u)
+		}
+	})
+	b.Run("add", func(b *testing.B) {
+		book, at := fill()
+		b.ReportAllocs()
+		for b.Loop() {
+			at = at.Add(time.Second)
+			u.At = at
+			book.Add(u)
+		}
+	})
+	b.Run("check, utilisation and add", func(b *testing.B) {
+		book, at := fill()
+		b.ReportAllocs()
+		for b.Loop() {
+			at = at.Add(time.Second)
+			u.At = at
+			if r := book.Check(s, u); r != nil {
+				b.Fatal(r)
+			}
+			book.Utilisation(s, u)
+			book.Add(u)
+		}
+	})
 }
 
 func TestUsage(t *testing.T) {

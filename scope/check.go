@@ -27,6 +27,8 @@ type Permit struct {
 	notional Decimal
 	currency string
 	lifts    []Rule // that were authorized
+
+	instrument string // of the action, as scopes name it
 }
 
 // Valid says whether Check made p.
@@ -105,8 +107,21 @@ func begin(s *Scope, a *Action, env Env) (*Permit, *Refusal) {
 	case env.Now.IsZero():
 		return nil, &Refusal{Rule: RuleTradingWindow, Message: "the time of the action is not known"}
 	}
-	p := &Permit{action: a, scope: s, env: env}
+	p := &Permit{action: a, scope: s, env: env, instrument: s.nameOf(a)}
 	return p, p.authorize()
+}
+
+// nameOf returns the action's instrument. One that is allowed costs no allocation.
+func (s *Scope) nameOf(a *Action) string {
+	if a.Order == nil || a.Order.SecurityID == "" {
+		return ""
+	}
+	var room [len("symbol:") + maxText]byte
+	name := append(append(room[:0], instrumentPrefix(a.Order.SecurityIDSource)...), a.Order.SecurityID...)
+	if id, ok := s.ids[string(name)]; ok {
+		return id
+	}
+	return string(name)
 }
 
 // rules in the order of the Rule constants. Each looks at what the scope says
@@ -244,7 +259,7 @@ func (p *Permit) checkInstrument() *Refusal {
 	if p.order() == nil {
 		return nil
 	}
-	id := p.action.Instrument()
+	id := p.instrument
 	if _, ok := p.scope.instruments[id]; !ok {
 		return &Refusal{Rule: RuleInstruments, Field: "ord.SecurityID", Value: id,
 			Message: fmt.Sprintf("instrument %s is not one of the %d that are allowed", id, len(p.scope.instruments))}
@@ -308,12 +323,12 @@ func (p *Permit) checkQty() *Refusal {
 	if o == nil || len(p.scope.doc.OrderQty) == 0 {
 		return nil
 	}
-	limit, ok := p.scope.qty[p.action.Instrument()]
+	limit, ok := p.scope.qty[p.instrument]
 	if !ok {
 		limit, ok = p.scope.qty["*"]
 	}
 	if !ok {
-		return &Refusal{Rule: RuleOrderQty, Field: "ord.SecurityID", Value: p.action.Instrument(),
+		return &Refusal{Rule: RuleOrderQty, Field: "ord.SecurityID", Value: p.instrument,
 			Message: "max_order_qty has no entry for this instrument, and none for *"}
 	}
 	for _, q := range [...]struct {
@@ -373,7 +388,7 @@ func (p *Permit) checkNotional() *Refusal {
 }
 
 func (p *Permit) orderNotional(o *Order) (n Decimal, field string, _ *Refusal) {
-	multiplier := p.scope.instruments[p.action.Instrument()]
+	multiplier := p.scope.instruments[p.instrument]
 	ok := true
 	switch {
 	case p.action.Kind == QuoteNew: // both sides count
@@ -409,9 +424,9 @@ func (p *Permit) checkCollar() *Refusal {
 		return nil
 	}
 	ref := p.env.Reference
-	if ref == nil || ref.Instrument != p.action.Instrument() || ref.Source != c.Source || ref.Currency != o.Currency || ref.Price.Sign() <= 0 {
-		return &Refusal{Rule: RuleReferenceMissing, Field: "ord.Price", Value: p.action.Instrument(),
-			Message: fmt.Sprintf("there is no reference price of %s in %s from %s, so the collar cannot be checked", p.action.Instrument(), o.Currency, c.Source)}
+	if ref == nil || ref.Instrument != p.instrument || ref.Source != c.Source || ref.Currency != o.Currency || ref.Price.Sign() <= 0 {
+		return &Refusal{Rule: RuleReferenceMissing, Field: "ord.Price", Value: p.instrument,
+			Message: fmt.Sprintf("there is no reference price of %s in %s from %s, so the collar cannot be checked", p.instrument, o.Currency, c.Source)}
 	}
 	// A reference from after the order is as wrong as one that is too old.
 	if age := p.env.Now.Sub(ref.Time); age < 0 || age > time.Duration(c.MaxAgeMS)*time.Millisecond {

@@ -1,8 +1,10 @@
 package scope
 
 import (
+	"bytes"
 	"errors"
 	"fmt"
+	"strconv"
 	"strings"
 
 	"github.com/holiman/uint256"
@@ -85,17 +87,27 @@ func clipped(s string) string {
 
 // String returns the one spelling of d.
 func (d Decimal) String() string {
-	var q, r uint256.Int
-	q.DivMod(&d.scaled, &unit, &r)
-	s := q.Dec()
-	if !r.IsZero() {
-		f := fmt.Sprintf("%0*d", maxFractionDigits, r.Uint64())
-		s += "." + strings.TrimRight(f, "0")
-	}
+	var room [48]byte
+	b := room[:0]
 	if d.negative {
-		return "-" + s
+		b = append(b, '-')
 	}
-	return s
+	var whole, fraction uint256.Int // a sum of decimals may be larger than one
+	whole.DivMod(&d.scaled, &unit, &fraction)
+	if whole.IsUint64() {
+		b = strconv.AppendUint(b, whole.Uint64(), 10)
+	} else {
+		b = append(b, whole.Dec()...)
+	}
+	if f := fraction.Uint64(); f != 0 {
+		var digits [maxFractionDigits]byte
+		for i := len(digits) - 1; i >= 0; i-- {
+			digits[i] = byte('0' + f%10)
+			f /= 10
+		}
+		b = append(append(b, '.'), bytes.TrimRight(digits[:], "0")...)
+	}
+	return string(b)
 }
 
 // MarshalText returns the spelling of d, which stands in JSON as a string.
@@ -167,6 +179,13 @@ func (d Decimal) Sub(e Decimal) (difference Decimal, ok bool) {
 func product(a, b, c Decimal) (p Decimal, ok bool) {
 	var ab, rest uint256.Int
 	ab.Mul(&a.scaled, &b.scaled) // below 10^70, so below 2^256
+	if c.scaled == unit {
+		p.scaled.DivMod(&ab, &unit, &rest)
+		if !rest.IsZero() {
+			p.scaled.AddUint64(&p.scaled, 1)
+		}
+		return p, p.scaled.Lt(&tooLarge)
+	}
 	scale := &pow10[2*maxFractionDigits]
 	if _, overflow := p.scaled.MulDivOverflow(&ab, &c.scaled, scale); overflow {
 		return Decimal{}, false

@@ -14,7 +14,7 @@ import (
 // allLimits has every limit over time.
 const allLimits = `"price_collar_bps":{"bps":1000000,"source":"S","max_age_ms":1000},"duplicate_window_ms":5,
  "max_notional_per_window":[{"currency":"EUR","amount":"1000000","window":{"rolling_s":60}},{"currency":"EUR","amount":"100000000","window":{"day_cut":"22:00","tz":"Europe/Paris"}}],
- "max_qty_per_window":[{"instrument":"*","qty":"100000","window":{"rolling_s":3600}},{"instrument":"symbol:X","qty":"200000","window":{"rolling_s":86400}}],
+ "max_qty_per_window":[{"instrument":"*","qty":"100000","window":{"rolling_s":3600}},{"instrument":"symbol:X","qty":"100000000","window":{"rolling_s":86400}}],
  "max_orders_per_window":[{"count":100000,"window":{"rolling_s":3600}}],
  "max_messages_per_window":[{"count":100000,"window":{"rolling_s":60}},{"venue":"XPAR","count":90000,"window":{"rolling_s":60}}],
  "price_collar_window_bps":[{"bps":100000,"window":{"rolling_s":60}}],

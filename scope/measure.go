@@ -14,8 +14,8 @@ type measure struct {
 	count, countAfter uint64
 	sum, sumAfter     Decimal
 	series            *series
-	window            running
-	unknown           bool // there is no reference to measure against
+	window            *running // nil: nothing was done
+	unknown           bool     // there is no reference to measure against
 }
 
 // measure takes the measure of a limit. u is nil, and look true, for a moment
@@ -28,7 +28,7 @@ func (b *Book) measure(l *limit, key string, u *counted, t int64, look bool) (m 
 		if look {
 			m.window = s.look(what, &l.span, t)
 		} else {
-			m.window = *s.window(what, &l.span, t)
+			m.window = s.window(what, &l.span, t)
 		}
 		m.sum, m.count = m.window.sum, m.window.count
 	}
@@ -118,7 +118,7 @@ func (b *Book) spread(m *measure, l *limit, instrument string, u *counted, t int
 		if look {
 			m.window = m.series.look(extremes, &l.span, t)
 		} else {
-			m.window = *m.series.window(extremes, &l.span, t)
+			m.window = m.series.window(extremes, &l.span, t)
 		}
 	}
 	m.count, _ = m.window.spread(nil, u.Reference)
@@ -135,7 +135,7 @@ func (w *running) spread(u *counted, reference Decimal) (bps uint64, ok bool) {
 	}
 	var low, high Decimal
 	switch {
-	case len(w.least) > 0:
+	case w != nil && len(w.least) > 0:
 		low, high = w.least[0].px, w.most[0].px
 		if u != nil && u.low.Cmp(low) < 0 {
 			low = u.low
@@ -266,7 +266,7 @@ func (b *Book) free(l *limit, u *counted, m *measure) time.Time {
 	if m.series == nil {
 		return time.Time{}
 	}
-	w, c, after := m.window, m.window.first, m.sumAfter
+	w, c, left, after := m.window, m.window.first, m.window.count, m.sumAfter
 	var e entry
 	at := int64(0)
 	for n := 0; n < walk && m.series.next(&c, &e); n++ {
@@ -274,8 +274,8 @@ func (b *Book) free(l *limit, u *counted, m *measure) time.Time {
 			if w.counts(&e) == 0 {
 				continue
 			}
-			w.count--
-			if at = e.at; w.count+m.countAfter-m.count <= l.count {
+			left--
+			if at = e.at; left+m.countAfter-m.count <= l.count {
 				break
 			}
 			continue
@@ -309,7 +309,7 @@ func (l *limit) freePrices(u *counted, m *measure) time.Time {
 		n, ok := w.spread(nil, u.Reference)
 		return !ok || n > l.count
 	}
-	if far(u.low, u.high) || len(m.window.least) == 0 {
+	if far(u.low, u.high) || m.window == nil || len(m.window.least) == 0 {
 		return time.Time{}
 	}
 	var last int64 // of the prices that are too far away

@@ -29,6 +29,7 @@ type Scope struct {
 
 	// What Check looks at, made once.
 	instruments map[string]Decimal // contract multiplier
+	ids         map[string]string  // their names, each under itself
 	notional    map[string]*MoneyLimit
 	qty         map[string]*QtyLimit
 	trading     *week // nil: at any time
@@ -187,11 +188,13 @@ func compile(d document) (*Scope, error) {
 	}
 	s := &Scope{
 		instruments: make(map[string]Decimal),
+		ids:         make(map[string]string),
 		notional:    make(map[string]*MoneyLimit),
 		qty:         make(map[string]*QtyLimit),
 	}
 	one := Decimal{scaled: unit}
 	for i, in := range d.Instruments {
+		s.ids[in.ID] = in.ID
 		if in.Multiplier == nil {
 			s.instruments[in.ID] = one
 			continue

@@ -374,10 +374,10 @@ func (s *series) find(what counting, in *span) *running {
 
 // look is window for a moment that may be later than that of the next entry:
 // it changes no sum.
-func (s *series) look(what counting, in *span, t int64) running {
+func (s *series) look(what counting, in *span, t int64) *running {
 	w := *s.find(what, in)
 	w.advance(s, in.begin(t))
-	return w
+	return &w
 }
 
 // restart makes throttles count from the end of the series on.

@@ -2,6 +2,7 @@ package scope
 
 import (
 	"crypto/sha256"
+	"encoding/binary"
 	"time"
 )
 
@@ -32,7 +33,7 @@ type Use struct {
 
 // UseOf returns what a permit's action uses, if it is done at a time.
 func UseOf(p *Permit, at time.Time) Use {
-	u := useOf(p.action, p.notional, p.currency, at)
+	u := useOf(p.action, p.instrument, p.notional, p.currency, at)
 	u.lifts = p.lifts
 	if r := p.UsedReference(); r != nil {
 		u.Reference = r.Price
@@ -46,7 +47,8 @@ func UseOfStatement(s *Statement) Use {
 	if s.Decision.Notional != nil {
 		n = *s.Decision.Notional
 	}
-	u := useOf(s.Action(), n.Amount, n.Currency, s.Time.Time)
+	a := s.Action()
+	u := useOf(a, a.Instrument(), n.Amount, n.Currency, s.Time.Time)
 	u.Counter = s.Counter
 	if r := s.Decision.Reference; r != nil {
 		u.Reference = r.Price
@@ -54,8 +56,8 @@ func UseOfStatement(s *Statement) Use {
 	return u
 }
 
-func useOf(a *Action, notional Decimal, currency string, at time.Time) Use {
-	u := Use{At: at, Kind: a.Kind, Audience: a.Audience, Instrument: a.Instrument(), Currency: currency, Notional: notional}
+func useOf(a *Action, instrument string, notional Decimal, currency string, at time.Time) Use {
+	u := Use{At: at, Kind: a.Kind, Audience: a.Audience, Instrument: instrument, Currency: currency, Notional: notional}
 	if a.Party != nil && a.Party.Execution != nil {
 		u.Strategy = a.Party.Execution.Algorithm
 	}
@@ -88,20 +90,21 @@ func useOf(a *Action, notional Decimal, currency string, at time.Time) Use {
 
 // sameness is a digest of what makes two orders the same.
 func sameness(o *Order, instrument string) (same [16]byte) {
-	b := make([]byte, 0, 512) // no identifier has '|', or it does not matter: lengths are there too
+	b := make([]byte, 0, 512)
 	for _, s := range [...]string{o.Account, instrument, o.Side, o.OrdType, o.Currency} {
-		b = append(append(append(b, byte(len(s))), s...), '|')
+		b = append(append(b, byte(len(s))), s...)
 	}
 	for _, d := range [...]*Decimal{o.Price, o.StopPx, o.OrderQty, o.CashOrderQty} {
 		if d == nil {
 			b = append(b, 0)
 			continue
 		}
-		raw := d.scaled.Bytes32()
-		b = append(append(b, 1), raw[:]...)
+		sign := byte(1)
 		if d.negative {
-			b = append(b, '-')
+			sign = 2
 		}
+		b = binary.BigEndian.AppendUint64(append(b, sign), d.scaled[1]) // a decimal is below 10^35
+		b = binary.BigEndian.AppendUint64(b, d.scaled[0])
 	}
 	sum := sha256.Sum256(b)
 	copy(same[:], sum[:])

@@ -131,6 +131,9 @@ func (w *span) cutOn(y int, m time.Month, d int) int64 {
 }
 
 func (w Window) String() string {
+	if w == (Window{}) {
+		return "now" // of what is open
+	}
 	if w.RollingS != 0 {
 		d := (time.Duration(w.RollingS) * time.Second).String() // 1h0m0s is 1h
 		if strings.HasSuffix(d, "m0s") {

@@ -76,7 +76,11 @@ func printStatus(w io.Writer, s *signer.Status) {
 			width = max(width, utf8.RuneCountInString(limitName(u)))
 		}
 		for _, u := range a.Utilisation {
-			fmt.Fprintf(w, "  %-*s  %s %3.0f %%  %s of %s\n", width, limitName(u), bar(u.Ratio()), math.Floor(100*u.Ratio()), u.Used, u.Of)
+			disabled := ""
+			if u.Disabled {
+				disabled = "  DISABLED until it is re-armed"
+			}
+			fmt.Fprintf(w, "  %-*s  %s %3.0f %%  %s of %s%s\n", width, limitName(u), bar(u.Ratio()), math.Floor(100*u.Ratio()), u.Used, u.Of, disabled)
 		}
 	}
 }
