@@ -21,6 +21,7 @@ var families = []family{
 	{"os", "from inside a confined agent", attackOS},
 	{"network", "on the wire: the agent unconfined, every action properly signed", attackNetwork},
 	{"application", "on the signed action: the agent unconfined, on its own TLS connection", attackApplication},
+	{"source", "from another address, with the agent's own key, certificate and orders", attackSource},
 	{"limits", "an agent that wants more than its limits give", attackLimits},
 	{"controls", "an agent, or who has a key that may less, against policy, override, approval, kill and re-arm", attackControls},
 	{"books", "root signs with the agent's key in local mode, and an auditor looks afterwards", attackBooks},

@@ -48,7 +48,7 @@ func newWired(ctx context.Context, w *world, agents string) (*wired, error) {
 	if err != nil {
 		return nil, err
 	}
-	w.scope = strings.Replace(scopeYAML, "[order.new, order.replace]", "[order.new, order.cancel]", 1) + v.destinations()
+	w.scope = strings.Replace(scopeYAML, "[order.new, order.replace]", "[order.new, order.cancel]", 1) + v.destinations() + w.where
 	w.agents = []string{"mm-07", "mm-08"}
 	x := &wired{venue: v}
 	for _, step := range []func() error{

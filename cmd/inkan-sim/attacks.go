@@ -114,6 +114,7 @@ func (w *world) attackVenue(ctx context.Context) error {
 			return encode([]byte(`{"alg":"none","typ":"agent-action+jws","x5t#S256":"x"}`)) + j[strings.Index(j, "."):]
 		}, nil},
 		{"order kept for an hour", "expired", nil, []string{"--max-revocation-age", "2h", "--at", time.Now().Add(50 * time.Minute).UTC().Format(time.RFC3339)}},
+		{"stolen order sent from another address", "source_network", nil, []string{"--source-address", "203.0.113.9"}},
 		{"expired certificate", "certificate_expired", nil, []string{"--at", time.Now().Add(25 * time.Hour).UTC().Format(time.RFC3339)}},
 	} {
 		if err := w.attack(a.name, "venue", a.reason, func() (bool, string, error) {

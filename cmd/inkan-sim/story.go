@@ -17,6 +17,7 @@ func runDemo(ctx context.Context, out io.Writer, inkan string, hsm, approver, as
 		return err
 	}
 	defer w.end()
+	w.scope = scopeYAML + "source_networks: [127.0.0.0/8]\n"
 	confined := func(ctx context.Context) error {
 		if err := w.bot.trade(ctx); err != nil {
 			return err
@@ -128,5 +129,5 @@ func (w *world) trade(ctx context.Context) error {
 }
 
 func (w *world) verifyArgs(jws string, more ...string) []string {
-	return append([]string{"verify", "--ca", w.path("issuer", "ca.pem"), "--audience", "XPAR", "--crl-url", "http://" + w.addresses.Public + "/crl", "--jws", w.path(jws)}, more...)
+	return append([]string{"verify", "--ca", w.path("issuer", "ca.pem"), "--audience", "XPAR", "--crl-url", "http://" + w.addresses.Public + "/crl", "--source-address", "127.0.0.1", "--jws", w.path(jws)}, more...)
 }

@@ -28,6 +28,8 @@ type world struct {
 	agents    []string
 	lifetime  string // of certificates
 	scope     string // of the agents, YAML
+	where     string // of attacks on the wire: where the agents' scope lets them call from, YAML
+	regions   string // file that says where addresses are; empty: there is none
 	signer    *process
 	keptJWS   string // signed and not shown to the venue yet
 	hsm       *simulator.SoftHSM
@@ -124,8 +126,11 @@ func (w *world) startIssuer(ctx context.Context) error {
 	if err != nil {
 		return err
 	}
-	if _, err := w.run(ctx, "issuer", "init", "--dir", w.path("issuer"), "--trust-domain", "example.org", "--lifetime", w.lifetime,
-		"--agent-listen", ports[0], "--admin-listen", ports[1], "--public-listen", ports[2]); err != nil {
+	args := []string{"issuer", "init", "--dir", w.path("issuer"), "--trust-domain", "example.org", "--lifetime", w.lifetime, "--agent-listen", ports[0], "--admin-listen", ports[1], "--public-listen", ports[2]}
+	if w.regions != "" {
+		args = append(args, "--regions", w.regions)
+	}
+	if _, err := w.run(ctx, args...); err != nil {
 		return err
 	}
 	return w.startDaemon("issuer", &w.addresses, "issuer", "serve", "--dir", w.path("issuer"))

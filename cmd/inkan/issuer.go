@@ -60,6 +60,7 @@ func issuerCommand(e *env) *cli.Command {
 				&cli.StringFlag{Name: "public-listen", Value: "127.0.0.1:8090", Usage: "`ADDRESS` for CRL and OCSP"},
 				&cli.StringFlag{Name: "public-url", Usage: "`URL` of CRL and OCSP in certificates; by default that of --public-listen"},
 				&cli.StringSliceFlag{Name: "server-name", Usage: "DNS `NAME` or address in the servers' certificate; localhost and 127.0.0.1 by default"},
+				str("regions", "geofeed (.csv) or MMDB (.mmdb) `FILE` that says where addresses are, for scopes with source_regions"),
 				&cli.StringFlag{Name: "lifetime", Value: "24h", Usage: "`DURATION` of agents' certificates"}),
 			sub("serve", "serve hosts, administrators and receivers", issuerServe, dirFlag()),
 			{Name: "device", Usage: "the TPMs in the inventory", Subcommands: []*cli.Command{
@@ -170,7 +171,13 @@ func issuerInit(e *env, c *cli.Context) error {
 	if public == "" {
 		public = "http://" + c.String("public-listen")
 	}
-	config, err := strictjson.Marshal(issuer.Config{TrustDomain: domain, CAKey: ca, PolicyKey: policy, AgentListen: c.String("agent-listen"), AdminListen: c.String("admin-listen"),
+	regions := c.String("regions")
+	if regions != "" {
+		if regions, err = filepath.Abs(regions); err != nil {
+			return err
+		}
+	}
+	config, err := strictjson.Marshal(issuer.Config{Regions: regions, TrustDomain: domain, CAKey: ca, PolicyKey: policy, AgentListen: c.String("agent-listen"), AdminListen: c.String("admin-listen"),
 		PublicListen: c.String("public-listen"), PublicURL: public, ServerNames: names, Lifetime: c.String("lifetime"), CRLLifetime: "1h"})
 	if err != nil {
 		return err
