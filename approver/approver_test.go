@@ -1,7 +1,6 @@
 package approver_test
 
 import (
-	"bytes"
 	"context"
 	"crypto/ecdsa"
 	"crypto/elliptic"
@@ -515,105 +514,6 @@ func regexpNonce(b []byte, nonce string) []byte {
 		panic(err)
 	}
 	return out
-}
-
-// mutate changes a request in one of many ways.
-func mutate(r *mrand.Rand, body []byte) []byte {
-	switch r.IntN(3) {
-	case 0: // bytes of the document
-		for range 1 + r.IntN(4) {
-			switch i := r.IntN(len(body)); r.IntN(3) {
-			case 0:
-				body[i] ^= 1 << r.IntN(8)
-			case 1:
-				body = append(body[:i], body[min(len(body), i+1+r.IntN(8)):]...)
-			case 2:
-				body = append(body[:i], append([]byte{byte(r.Uint32())}, body[i:]...)...)
-			}
-			if len(body) == 0 {
-				break
-			}
-		}
-	default: // bytes of a member, so that the document stays one
-		var m map[string]any
-		if json.Unmarshal(body, &m) != nil {
-			return body
-		}
-		flip := func(s string) string {
-			b, err := base64.StdEncoding.DecodeString(s)
-			if err != nil || len(b) == 0 {
-				return "AAAA"
-			}
-			switch i := r.IntN(len(b)); r.IntN(3) {
-			case 0:
-				b[i] ^= 1 << r.IntN(8)
-			case 1:
-				b = b[:i]
-			case 2:
-				b = append(b, b[:i]...)
-			}
-			return base64.StdEncoding.EncodeToString(b)
-		}
-		switch r.IntN(3) {
-		case 0:
-			m["statement"] = flip(m["statement"].(string))
-		case 1:
-			m["chain"].([]any)[0] = flip(m["chain"].([]any)[0].(string))
-		case 2:
-			m["entries"] = []any{flip(m["statement"].(string))}
-		}
-		body, _ = json.Marshal(m) // it was one before
-	}
-	return body
-}
-
-// TestFuzzedRequests: 10,000 changes of a request that was authorized, no crash,
-// and no authorization of anything else.
-func TestFuzzedRequests(t *testing.T) {
-	d := newDesk(t)
-	honest := d.request(d.write(t, d.next(t, "1", nil)))
-	if err := d.decide(honest); err != nil {
-		t.Fatal(err)
-	}
-	good, err := json.Marshal(honest)
-	if err != nil {
-		t.Fatal(err)
-	}
-	r := mrand.New(mrand.NewPCG(1, 2))
-	neutral := 0
-	for n := 0; n < 10_000; {
-		q, err := approver.ParseRequest(mutate(r, bytes.Clone(good)), true)
-		if err == nil && bytes.Equal(q.Statement, honest.Statement) && len(q.Chain) == 1 && bytes.Equal(q.Chain[0], honest.Chain[0]) && len(q.Entries) == 0 {
-			neutral++ // the same statement, if for another nonce or in another spelling
-			continue
-		}
-		n++
-		if err != nil {
-			continue
-		}
-		if _, err := d.approver.Decide(t.Context(), d.client, q); err == nil {
-			t.Fatalf("authorized: %s", q.Statement)
-		}
-	}
-	if err := d.decide(honest); err != nil {
-		t.Errorf("the honest request after them: %v (%d changes changed nothing)", err, neutral)
-	}
-}
-
-func FuzzParseRequest(f *testing.F) {
-	f.Add([]byte(`{"chain":["AAAA"],"nonce":"AAAA","statement":"AAAA"}`))
-	f.Add([]byte(`{"chain":["AAAA"],"entries":["AAAA"]}`))
-	f.Fuzz(func(t *testing.T, b []byte) {
-		for _, authorize := range []bool{true, false} {
-			q, err := approver.ParseRequest(b, authorize)
-			if err != nil {
-				continue
-			}
-			if authorize && (len(q.Nonce) != attest.NonceTPMSize || len(q.Statement) == 0) || len(q.Chain) == 0 {
-				t.Fatalf("%+v was taken", q)
-			}
-		}
-	})
 }
 
 func TestConfig(t *testing.T) {

@@ -455,7 +455,7 @@ func TestDatabaseURL(t *testing.T) {
 }
 
 // serverPEM is a TLS certificate of the desk's CA for a name, and its key.
-func (d *desk) serverPEM(t *testing.T, name string) (certificate, key []byte) {
+func (d *desk) serverPEM(t testing.TB, name string) (certificate, key []byte) {
 	t.Helper()
 	k := newKey(t)
 	c := &x509.Certificate{SerialNumber: big.NewInt(99), Subject: pkix.Name{CommonName: name}, DNSNames: []string{name}, NotBefore: time.Now().Add(-time.Minute), NotAfter: time.Now().Add(time.Hour)}
