@@ -2,6 +2,7 @@ package approver_test
 
 import (
 	"context"
+	"crypto"
 	"crypto/ecdsa"
 	"crypto/elliptic"
 	"crypto/rand"
@@ -116,7 +117,6 @@ func (d *desk) newApprover(t testing.TB, c *approver.Config, r *approver.Record)
 // change what it says of the key.
 func (d *desk) certify(t testing.TB, change func(*certext.Attestation)) *testca.Agent {
 	t.Helper()
-	k := newKey(t)
 	policy, err := attest.PolicyKeyPublic(&newKey(t).PublicKey)
 	if err != nil {
 		t.Fatal(err)
@@ -125,7 +125,12 @@ func (d *desk) certify(t testing.TB, change func(*certext.Attestation)) *testca.
 	if err != nil {
 		t.Fatal(err)
 	}
-	name, err := attest.ActionKeyName(&k.PublicKey, auth)
+	return d.certifyKey(t, newKey(t), auth, change)
+}
+
+func (d *desk) certifyKey(t testing.TB, k crypto.Signer, auth []byte, change func(*certext.Attestation)) *testca.Agent {
+	t.Helper()
+	name, err := attest.ActionKeyName(k.Public().(*ecdsa.PublicKey), auth)
 	if err != nil {
 		t.Fatal(err)
 	}

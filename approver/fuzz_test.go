@@ -3,11 +3,13 @@ package approver_test
 import (
 	"bytes"
 	"context"
+	"crypto"
 	"crypto/tls"
 	"encoding/base64"
 	"encoding/json"
 	"fmt"
 	"io"
+	"log/slog"
 	"maps"
 	mrand "math/rand/v2"
 	"net/http"
@@ -23,13 +25,13 @@ import (
 	"inkan/scope"
 )
 
-// serve starts the desk's approver on a port of this machine, and returns its
-// address and a client that is the agent.
-func (d *desk) serve(t testing.TB) (url string, client *http.Client) {
+// serve starts an approver with a key and a record on a port of this machine,
+// until the test or stop ends it.
+func (d *desk) serve(t testing.TB, key crypto.Signer, record *approver.Record) (url string, stop func()) {
 	t.Helper()
 	dir := t.TempDir()
-	certificate, key := d.serverPEM(t, "localhost")
-	for name, b := range map[string][]byte{"c": certificate, "k": key} {
+	certificate, private := d.serverPEM(t, "localhost")
+	for name, b := range map[string][]byte{"c": certificate, "k": private} {
 		if err := os.WriteFile(filepath.Join(dir, name), b, 0o600); err != nil {
 			t.Fatal(err)
 		}
@@ -38,22 +40,32 @@ func (d *desk) serve(t testing.TB) (url string, client *http.Client) {
 	if err != nil {
 		t.Fatal(err)
 	}
-	d.approver = d.newApprover(t, c, d.record)
+	a, err := approver.New(c, key, d.ca.Roots, d, record, slog.New(slog.DiscardHandler))
+	if err != nil {
+		t.Fatal(err)
+	}
 	ctx, cancel := context.WithCancel(context.Background())
 	at, done := make(chan approver.Addresses, 1), make(chan error, 1)
-	go func() { done <- d.approver.Serve(ctx, func(a approver.Addresses) { at <- a }) }()
-	t.Cleanup(func() {
+	go func() { done <- a.Serve(ctx, func(a approver.Addresses) { at <- a }) }()
+	stop = sync.OnceFunc(func() {
 		cancel()
 		if err := <-done; err != nil {
 			t.Error(err)
 		}
 	})
+	t.Cleanup(stop)
+	_, port, _ := strings.Cut((<-at).Signers, ":")
+	return "https://localhost:" + port, stop
+}
+
+// httpClient is the agent's.
+func (d *desk) httpClient(t testing.TB) *http.Client {
+	t.Helper()
 	agent := d.tlsAgent(t, d.agent.ID)
 	pair := tls.Certificate{Certificate: [][]byte{agent.Chain[0].Raw}, PrivateKey: agent.Key}
-	_, port, _ := strings.Cut((<-at).Signers, ":")
 	transport := &http.Transport{MaxIdleConnsPerHost: 8, TLSClientConfig: &tls.Config{RootCAs: d.ca.Roots, Certificates: []tls.Certificate{pair}}}
 	t.Cleanup(transport.CloseIdleConnections)
-	return "https://localhost:" + port, &http.Client{Transport: transport}
+	return &http.Client{Transport: transport}
 }
 
 // session is a desk with a record: permits that were authorized, a denial, an
@@ -257,7 +269,8 @@ func authorizable(body []byte, honest []*approver.Request) bool {
 // authorization, no internal error, and leave nothing behind.
 func TestFuzzedRequests(t *testing.T) {
 	d, honest := session(t)
-	url, client := d.serve(t)
+	url, _ := d.serve(t, d.key, d.record)
+	client := d.httpClient(t)
 	m := &mutator{Rand: mrand.New(mrand.NewPCG(1, 2)), honest: honest, other: newDesk(t).request(nil).Chain}
 	const total, workers = 10_000, 8
 	bodies := make(chan []byte)
@@ -309,7 +322,8 @@ func TestFuzzedRequests(t *testing.T) {
 // TestFuzzedEntries: what is handed over as entries is never an authorization, and only the next entries are taken.
 func TestFuzzedEntries(t *testing.T) {
 	d, honest := session(t)
-	url, client := d.serve(t)
+	url, _ := d.serve(t, d.key, d.record)
+	client := d.httpClient(t)
 	m := &mutator{Rand: mrand.New(mrand.NewPCG(3, 4)), honest: honest, other: newDesk(t).request(nil).Chain}
 	for range 1000 {
 		var q approver.Request

@@ -63,6 +63,7 @@ type Group struct {
 	members []*member
 	hedge   time.Duration
 	timeout time.Duration
+	needed  atomic.Int32 // how many authorizations the last signature took: so many are asked at once
 }
 
 type member struct {
@@ -99,7 +100,8 @@ type answer struct {
 }
 
 // Authorize gets authorizations and hands each to accept, one at a time, until
-// accept says that there are enough. accept's error means that the approver gave what
+// accept says that there are enough. As many approvers are asked at once as the last
+// signature needed, in their order. accept's error means that the approver gave what
 // is of no use; then the next one is asked. The error is a *[Refused] if an approver refused, or
 // else [ErrUnreachable] with what went wrong.
 func (g *Group) Authorize(ctx context.Context, p *Proposal, accept func(approver string, expiration int32, signature []byte) (enough bool, err error)) error {
@@ -123,8 +125,12 @@ func (g *Group) Authorize(ctx context.Context, p *Proposal, accept func(approver
 	}
 	var refused *Refused
 	var errs []error
+	var accepted int32
 	hedge := time.NewTimer(g.hedge)
 	defer hedge.Stop()
+	for range min(int(g.needed.Load()), len(g.members)) {
+		start()
+	}
 	for {
 		if running == 0 {
 			if next == len(g.members) {
@@ -139,19 +145,23 @@ func (g *Group) Authorize(ctx context.Context, p *Proposal, accept func(approver
 			err := o.err
 			if err == nil {
 				enough, bad := accept(o.a.Approver, o.a.Expiration, o.a.Signature)
+				if bad == nil {
+					accepted++
+				}
 				if enough {
+					g.needed.Store(accepted)
 					return nil
+				}
+				if bad == nil {
+					continue // one of several
 				}
 				err = bad
 			}
-			if err != nil {
-				if r, ok := errors.AsType[*Refused](err); ok && refused == nil {
-					refused = r
-				}
-				errs = append(errs, fmt.Errorf("approver %s: %w", o.m.url, err))
+			if r, ok := errors.AsType[*Refused](err); ok && refused == nil {
+				refused = r
 			}
-			// Refused, failed or one of several: on to the next.
-			if next < len(g.members) {
+			errs = append(errs, fmt.Errorf("approver %s: %w", o.m.url, err))
+			if next < len(g.members) { // another one in its place
 				start()
 				hedge.Reset(g.hedge)
 			}

@@ -91,7 +91,8 @@ func issuerCommand(e *env) *cli.Command {
 				sub("approve", "approve PCR values with the policy key, here, and send the approval", policyApprove, adminFlags(str("name", "`NAME` of the policy"),
 					str("pcrs", "JSON `FILE` from inkan tpm pcrs --json"), &cli.StringFlag{Name: "device", Value: "*", Usage: "`NAME` of the device; * is for all"}, str("policy-key", "key `URI`, if not the one of --dir"),
 					&cli.Uint64Flag{Name: "epoch", Usage: "the approval ends when the device's epoch counter is above `NUMBER`; for one device"},
-					&cli.StringSliceFlag{Name: "approver", Usage: "PEM `FILE` with an approver's public key: the approval is for keys in approver mode; given more than once, all must authorize"})...),
+					&cli.StringSliceFlag{Name: "approver", Usage: "PEM `FILE` with an approver's public key: the approval is for keys in approver mode; given more than once, all must authorize"},
+					&cli.IntFlag{Name: "of", Usage: "`NUMBER` of the approvers that must authorize, in place of all: an approval is made for each group of so many, NAME.1 and so on"})...),
 				sub("list", "list the approved policies", policyList, adminFlags()...),
 				sub("retire", "take a policy out of force for enrolments and renewals", func(_ *env, c *cli.Context) error {
 					return withClient(c, "name", func(cl *issuer.Client, n string) error { return cl.RetirePolicy(c.Context, n) })
@@ -445,14 +446,38 @@ func policyApprove(e *env, c *cli.Context) error {
 		if c.Uint64("epoch") > 0 && c.String("device") == "*" {
 			return usage("--epoch needs --device: each TPM counts by itself")
 		}
-		p, err := attest.SignEpochPolicy(key, name, values, attest.PolicyRef(config.TrustDomain), c.Uint64("epoch"), approvers...)
+		if c.IsSet("of") && c.Int("of") < 1 {
+			return usage("--of %d: at least 1 is expected", c.Int("of"))
+		}
+		names, groups, err := quorums(name, approvers, c.Int("of"))
 		if err != nil {
 			return err
 		}
-		if err := cl.AddPolicy(c.Context, issuer.Policy{Device: c.String("device"), Approved: *p}); err != nil {
-			return err
+		var approved []*attest.ApprovedPolicy
+		for i, group := range groups {
+			p, err := attest.SignEpochPolicy(key, names[i], values, attest.PolicyRef(config.TrustDomain), c.Uint64("epoch"), group...)
+			if err != nil {
+				return err
+			}
+			approved = append(approved, p)
 		}
-		return e.show(c, p, func() { e.printf("policy %s approves %d PCRs for device %s\n", name, len(values), c.String("device")) })
+		for _, p := range approved {
+			if err := cl.AddPolicy(c.Context, issuer.Policy{Device: c.String("device"), Approved: *p}); err != nil {
+				return fmt.Errorf("policy %s: %w", p.Name, err)
+			}
+		}
+		var result any = approved
+		if len(approved) == 1 {
+			result = approved[0]
+		}
+		return e.show(c, result, func() {
+			for _, n := range names {
+				e.printf("policy %s approves %d PCRs for device %s\n", n, len(values), c.String("device"))
+			}
+			if m := c.Int("of"); m > 0 && 2*m <= len(approvers) {
+				e.printf("Two groups of %d have no approver in common: let all %d share one record, or each group can be asked for the same allowance.\n", m, len(approvers))
+			}
+		})
 	})
 }
 
