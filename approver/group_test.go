@@ -34,13 +34,17 @@ type trading struct {
 	dev    *tpm.Device
 	key    *tpm.Key
 	tls    tls.Certificate
-	groups [][]*ecdsa.PrivateKey // approvers that were approved together
 }
 
 // newTrading approves the state of a TPM with each of the groups of approvers.
-func newTrading(t *testing.T, groups ...[]*ecdsa.PrivateKey) *trading {
+func newTrading(t *testing.T, groups ...[]*ecdsa.PublicKey) *trading {
 	t.Helper()
-	x := &trading{desk: newDesk(t), policy: newKey(t), groups: groups}
+	return newTradingOf(t, newDesk(t), groups...)
+}
+
+func newTradingOf(t *testing.T, d *desk, groups ...[]*ecdsa.PublicKey) *trading {
+	t.Helper()
+	x := &trading{desk: d, policy: newKey(t)}
 	var err error
 	if x.dev, err = tpm.Open(simulator.TPMForTest(t).Address); err != nil {
 		t.Fatal(err)
@@ -56,11 +60,7 @@ func newTrading(t *testing.T, groups ...[]*ecdsa.PrivateKey) *trading {
 	}
 	policies := &tpm.Policies{PolicyKey: area, Ref: policyRef}
 	for i, g := range groups {
-		var public []*ecdsa.PublicKey
-		for _, k := range g {
-			public = append(public, &k.PublicKey)
-		}
-		p, err := attest.SignPolicy(x.policy, fmt.Sprintf("p.%d", i+1), values, policyRef, public...)
+		p, err := attest.SignPolicy(x.policy, fmt.Sprintf("p.%d", i+1), values, policyRef, g...)
 		if err != nil {
 			t.Fatal(err)
 		}
@@ -153,7 +153,7 @@ func (x *trading) sign(ctx context.Context, g *client.Group, statement []byte) (
 // two serve, each with a record of its own.
 func TestTwoOfThree(t *testing.T) {
 	a, b, c := newKey(t), newKey(t), newKey(t)
-	x := newTrading(t, []*ecdsa.PrivateKey{a, b}, []*ecdsa.PrivateKey{a, c}, []*ecdsa.PrivateKey{b, c})
+	x := newTrading(t, []*ecdsa.PublicKey{&a.PublicKey, &b.PublicKey}, []*ecdsa.PublicKey{&a.PublicKey, &c.PublicKey}, []*ecdsa.PublicKey{&b.PublicKey, &c.PublicKey})
 	keys, records := []*ecdsa.PrivateKey{a, b, c}, []*approver.Record{newRecord(t), newRecord(t), newRecord(t)}
 	urls, stops := make([]string, 3), make([]func(), 3)
 	for i := range keys {
@@ -217,7 +217,7 @@ func (x *trading) decideBy(t *testing.T, key *ecdsa.PrivateKey, r *approver.Reco
 // signed, and the TPM is as it was.
 func TestFaultyApprovers(t *testing.T) {
 	bad, good, stranger := newKey(t), newKey(t), newKey(t)
-	x := newTrading(t, []*ecdsa.PrivateKey{bad}, []*ecdsa.PrivateKey{good})
+	x := newTrading(t, []*ecdsa.PublicKey{&bad.PublicKey}, []*ecdsa.PublicKey{&good.PublicKey})
 	honest, _ := x.serve(t, good, newRecord(t))
 	area := x.key.PublicArea()
 	name, err := attest.KeyName(area)

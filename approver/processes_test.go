@@ -117,9 +117,10 @@ type house struct {
 	sql *sql.DB // to look at what they wrote
 }
 
-func newHouse(t *testing.T, server *simulator.PostgreSQL, name string) *house {
+// newHouse has no database.
+func newHouse(t *testing.T, ca *testca.CA) *house {
 	t.Helper()
-	h := &house{ca: testca.New(t), dir: t.TempDir(), db: server, url: "postgres://inkan@/" + name + "?host=" + server.Dir, sql: openDatabase(t, server, name)}
+	h := &house{ca: ca, dir: t.TempDir()}
 	crl, err := x509.CreateRevocationList(rand.Reader, &x509.RevocationList{Number: big.NewInt(1), ThisUpdate: time.Now().Add(-time.Minute), NextUpdate: time.Now().Add(time.Hour)}, h.ca.Certificate, h.ca.Key)
 	if err != nil {
 		t.Fatal(err)
@@ -128,14 +129,22 @@ func newHouse(t *testing.T, server *simulator.PostgreSQL, name string) *house {
 	t.Cleanup(s.Close)
 	h.crl = s.URL
 	h.write(t, "ca.pem", pem.EncodeToMemory(&pem.Block{Type: "CERTIFICATE", Bytes: h.ca.Certificate.Raw}))
-	h.write(t, "password", []byte(h.db.Password+"\n"))
 	return h
 }
 
+// databaseHouse is a house whose approvers share a record.
 func databaseHouse(t *testing.T) *house {
 	t.Helper()
 	server, name := newDatabase(t)
-	return newHouse(t, server, name)
+	return houseOn(t, server, name)
+}
+
+func houseOn(t *testing.T, server *simulator.PostgreSQL, name string) *house {
+	t.Helper()
+	h := newHouse(t, testca.New(t))
+	h.db, h.url, h.sql = server, "postgres://inkan@/"+name+"?host="+server.Dir, openDatabase(t, server, name)
+	h.write(t, "password", []byte(server.Password+"\n"))
+	return h
 }
 
 func (h *house) write(t *testing.T, name string, b []byte) {
@@ -150,6 +159,7 @@ func (h *house) path(name string) string { return filepath.Join(h.dir, name) }
 // process is an approver's.
 type process struct {
 	dir  string
+	key  *ecdsa.PublicKey
 	area []byte // its TPMT_PUBLIC
 	cmd  *exec.Cmd
 	at   string
@@ -158,19 +168,17 @@ type process struct {
 // approver makes an approver with its own key, on the shared record, and starts it.
 func (h *house) approver(t *testing.T, name string, agents ...string) *process {
 	t.Helper()
+	return h.approverWith(t, name, agents, "--record", h.url, "--record-password-file", h.path("password"))
+}
+
+func (h *house) approverWith(t *testing.T, name string, agents []string, more ...string) *process {
+	t.Helper()
 	p := &process{dir: h.path(name)}
-	args := []string{"approver", "init", "--dir", p.dir, "--trust-domain", "example.org", "--ca", h.path("ca.pem"), "--crl-url", h.crl, "--listen", "127.0.0.1:0",
-		"--record", h.url, "--record-password-file", h.path("password")}
+	args := append([]string{"approver", "init", "--dir", p.dir, "--trust-domain", "example.org", "--ca", h.path("ca.pem"), "--crl-url", h.crl, "--listen", "127.0.0.1:0"}, more...)
 	for _, a := range agents {
 		args = append(args, "--agent", a)
 	}
-	bin, err := inkanCommand()
-	if err != nil {
-		t.Fatal(err)
-	}
-	if out, err := exec.Command(bin, args...).CombinedOutput(); err != nil {
-		t.Fatalf("approver init: %v: %s", err, out)
-	}
+	run(t, args...)
 	b, err := os.ReadFile(filepath.Join(p.dir, "approver.pub.pem"))
 	if err != nil {
 		t.Fatal(err)
@@ -180,7 +188,8 @@ func (h *house) approver(t *testing.T, name string, agents ...string) *process {
 	if err != nil {
 		t.Fatal(err)
 	}
-	if p.area, err = attest.PolicyKeyPublic(key.(*ecdsa.PublicKey)); err != nil {
+	p.key = key.(*ecdsa.PublicKey)
+	if p.area, err = attest.PolicyKeyPublic(p.key); err != nil {
 		t.Fatal(err)
 	}
 	if err := p.start(); err != nil {
@@ -190,33 +199,75 @@ func (h *house) approver(t *testing.T, name string, agents ...string) *process {
 	return p
 }
 
-func (p *process) start() error {
+// run runs the command to its end and returns what it prints.
+func run(t *testing.T, args ...string) string {
+	t.Helper()
 	bin, err := inkanCommand()
 	if err != nil {
-		return err
+		t.Fatal(err)
 	}
-	p.cmd = exec.Command(bin, "approver", "serve", "--config", filepath.Join(p.dir, "approver.yaml"))
-	p.cmd.SysProcAttr = &syscall.SysProcAttr{Pdeathsig: syscall.SIGKILL}
-	var log bytes.Buffer
-	p.cmd.Stderr = &log
-	out, err := p.cmd.StdoutPipe()
+	cmd := exec.Command(bin, args...)
+	var errs bytes.Buffer
+	cmd.Stderr = &errs
+	out, err := cmd.Output()
 	if err != nil {
-		return err
+		t.Fatalf("inkan %s: %v: %s", strings.Join(args, " "), err, errs.String())
 	}
-	if err := p.cmd.Start(); err != nil {
-		return err
+	return string(out)
+}
+
+// startDaemon starts the command as a daemon and reads the line of JSON with
+// which it says that it is ready.
+func startDaemon(ready any, args ...string) (*exec.Cmd, error) {
+	bin, err := inkanCommand()
+	if err != nil {
+		return nil, err
 	}
+	cmd := exec.Command(bin, args...)
+	cmd.SysProcAttr = &syscall.SysProcAttr{Pdeathsig: syscall.SIGKILL}
+	var log bytes.Buffer
+	cmd.Stderr = &log
+	out, err := cmd.StdoutPipe()
+	if err != nil {
+		return nil, err
+	}
+	if err := cmd.Start(); err != nil {
+		return nil, err
+	}
+	if err := json.NewDecoder(out).Decode(ready); err != nil {
+		_ = cmd.Process.Kill()
+		_ = cmd.Wait() // how it ended is in its log
+		return nil, fmt.Errorf("inkan %s did not start: %s", strings.Join(args, " "), log.String())
+	}
+	return cmd, nil
+}
+
+// start starts a daemon that ends with the test.
+func start(t *testing.T, ready any, args ...string) {
+	t.Helper()
+	cmd, err := startDaemon(ready, args...)
+	if err != nil {
+		t.Fatal(err)
+	}
+	t.Cleanup(func() {
+		_ = cmd.Process.Kill()
+		_ = cmd.Wait() // it was killed
+	})
+}
+
+func (p *process) start() (err error) {
 	var ready approver.Addresses
-	if err := json.NewDecoder(out).Decode(&ready); err != nil {
-		_ = p.cmd.Wait()
-		return fmt.Errorf("the approver did not start: %s", log.String())
+	if p.cmd, err = startDaemon(&ready, "approver", "serve", "--config", filepath.Join(p.dir, "approver.yaml")); err == nil {
+		p.at = "https://" + ready.Signers
 	}
-	p.at = "https://" + ready.Signers
-	return nil
+	return err
 }
 
 // kill ends it with SIGKILL.
 func (p *process) kill() {
+	if p.cmd == nil {
+		return
+	}
 	_ = p.cmd.Process.Kill()
 	_ = p.cmd.Wait() // it was killed
 }
@@ -229,7 +280,7 @@ type trader struct {
 
 func (h *house) trader(t *testing.T, name string) *trader {
 	t.Helper()
-	d := &desk{ca: h.ca, name: name, book: scope.NewBook()}
+	d := &desk{ca: h.ca, name: name, limits: scopeJSON, book: scope.NewBook()}
 	d.agent = d.certify(t, nil)
 	client := d.tlsAgent(t, d.agent.ID)
 	return &trader{d, &http.Client{Timeout: 10 * time.Second, Transport: &http.Transport{MaxIdleConnsPerHost: 64, TLSClientConfig: &tls.Config{
@@ -442,7 +493,7 @@ func (h *house) audit(t *testing.T, x *trader) (size int) {
 // allowance, each order in two versions at two approvers at once. What was
 // released stands in the record, one version of each, and service resumes by itself.
 func TestKilled(t *testing.T) {
-	h := newHouse(t, simulator.PostgreSQLForTest(t), "inkan")
+	h := houseOn(t, simulator.PostgreSQLForTest(t), "inkan")
 	names := []string{"mm-01", "mm-02", "mm-03", "mm-04"}
 	a, b := h.approver(t, "a", names...), h.approver(t, "b", names...)
 	var mu sync.RWMutex // of where the two listen, which changes with each start
@@ -514,6 +565,8 @@ func TestKilled(t *testing.T) {
 		defer mu.Unlock()
 		return p.start()
 	}
+	ended := make(chan struct{})
+	go func() { wg.Wait(); close(ended) }()
 	steps := []func() error{
 		func() error { return restart(a) },
 		func() error { return firstError(h.db.Kill, h.db.Restart) },
@@ -528,8 +581,13 @@ func TestKilled(t *testing.T) {
 	tick := time.NewTicker(time.Millisecond)
 	defer tick.Stop()
 	for i, step := range steps {
-		for released.Load() < int64(i+1)*15 && ctx.Err() == nil {
-			<-tick.C
+		for released.Load() < int64(i+1)*15 {
+			select {
+			case <-tick.C:
+				continue
+			case <-ended:
+				t.Fatalf("step %d: the agents have stopped after %d authorizations", i+1, released.Load())
+			}
 		}
 		if err := step(); err != nil {
 			t.Errorf("step %d: %v", i+1, err)
@@ -537,7 +595,7 @@ func TestKilled(t *testing.T) {
 			break
 		}
 	}
-	wg.Wait()
+	<-ended
 	t.Logf("%d authorizations of %d orders, %d requests without an answer", released.Load(), len(names)*each, failed.Load())
 	if failed.Load() == 0 {
 		t.Error("nothing was under way when they were killed")
