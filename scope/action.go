@@ -39,6 +39,9 @@ var Kinds = []Kind{OrderNew, OrderReplace, OrderCancel, OrderMassCancel, QuoteNe
 // reducesRisk: cancels pass every limit but identity and venue (rule G7).
 func (k Kind) reducesRisk() bool { return k == OrderCancel || k == OrderMassCancel }
 
+// ReducesRisk says whether this is a cancel, which no limit and no kill stops.
+func (k Kind) ReducesRisk() bool { return k.reducesRisk() }
+
 // Action is what an agent asks to do. Members have the names of FIX fields
 // where FIX has them. An Action from ParseAction is valid; treat it as read-only.
 type Action struct {

@@ -468,7 +468,15 @@ func FuzzDocument(f *testing.F) {
 	}
 	f.Add(rearm)
 	f.Add("..")
+	list, err := (&scope.KillList{Number: 1, ThisUpdate: today, NextUpdate: today.Add(time.Hour), Kills: []scope.IssuedKill{{ID: "k", Scope: scope.KillFirm, Reason: "drill", Since: today}}}).Sign(r.keys["nobody"])
+	if err != nil {
+		f.Fatal(err)
+	}
+	f.Add(list)
 	f.Fuzz(func(t *testing.T, text string) {
+		if l, err := scope.ParseKillList(text, &r.keys["nobody"].PublicKey); err == nil && l.Number == 0 {
+			t.Errorf("%q is a kill list", text)
+		}
 		if p, err := scope.ParsePolicy(text); err == nil && (p.Text() != text || len(text) > scope.MaxEvent) {
 			t.Errorf("%q is another policy", text)
 		}

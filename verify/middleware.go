@@ -88,7 +88,7 @@ func fail(w http.ResponseWriter, err error) {
 		status = http.StatusBadRequest
 	case ReasonCertificate, ReasonExpired, ReasonRevoked, ReasonSignature, ReasonRequestSignature:
 		status = http.StatusUnauthorized
-	case ReasonRevocation, ReasonStore:
+	case ReasonRevocation, ReasonKillState, ReasonStore:
 		status = http.StatusServiceUnavailable
 	case ReasonReplay, ReasonCounter:
 		status = http.StatusConflict

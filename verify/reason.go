@@ -27,6 +27,8 @@ const (
 	ReasonScope       Reason = "scope"
 	ReasonLimits      Reason = "limits"
 	ReasonAttestation Reason = "attestation_age"
+	ReasonKilled      Reason = "killed"
+	ReasonKillState   Reason = "kill_state_unknown"
 
 	ReasonSourceNetwork Reason = "source_network"
 	ReasonSourceRegion  Reason = "source_region"
@@ -57,10 +59,12 @@ var Reasons = []struct {
 	{ReasonStore, 8, "the store of seen actions does not work"},
 	{ReasonBody, 9, "the message that arrived is not the one that was signed for"},
 	{ReasonMismatch, 10, "the message says something else than the action that was signed"},
-	{ReasonPolicy, 11, "the action was decided under another scope than the certificate's"},
-	{ReasonScope, 12, "the action is outside the scope in the certificate"},
+	{ReasonPolicy, 11, "the action was decided under another scope than the certificate's, or under a policy that is not known, not in force, or not inside the certificate"},
+	{ReasonScope, 12, "the action is outside the scope in the certificate, or outside the policy"},
 	{ReasonLimits, 13, "the action is outside the limits over time in the certificate's scope, together with what the agent did at this venue before"},
 	{ReasonAttestation, 14, "the evidence behind the certificate is too old"},
+	{ReasonKilled, 15, "the issuer stopped the agent, and the action is no cancel"},
+	{ReasonKillState, 15, "whether the issuer stopped the agent is not known freshly enough"},
 	{ReasonSourceNetwork, 17, "the scope names networks, and the request does not come from one of them"},
 	{ReasonSourceRegion, 17, "the scope names regions, and the request is not known to come from one of them"},
 	{ReasonRequestSignature, 18, "the request's own signature is missing where it is required, does not verify, or is another agent's than the action"},

@@ -40,6 +40,11 @@ type Config struct {
 	// believed about the price that its collar was checked against.
 	References      func(instrument string) *scope.ReferencePrice
 	AcceptReference bool
+	// Policies finds the policies under which actions were decided; without it such
+	// actions are refused. NoPolicies says that they are not looked at.
+	Policies Policies
+	// Kills says which agents are stopped; without it nobody is asked. See KillList.
+	Kills Kills
 	// Regions says where addresses are, for scopes with source_regions; without it
 	// those are refused. See source.Open.
 	Regions source.Regions
@@ -57,6 +62,8 @@ type Receiver struct {
 	c     Config
 	mu    sync.RWMutex
 	known map[string]*credential // by encoded header, once it was verified
+
+	narrowed narrowings
 }
 
 // maxKnown bounds the cache of verified headers: one for each live certificate.
@@ -194,7 +201,7 @@ func (r *Receiver) VerifyArrival(ctx context.Context, compact []byte, arrived Ar
 	if err := r.times(st, now); err != nil {
 		return nil, err
 	}
-	// 17., 9. to 12. and 14. come before 8. and 13., so that a message that is refused does not use the action up.
+	// 17., 9. to 12., 14. and 15. come before 8. and 13., so that a message that is refused does not use the action up.
 	if err := r.comesFrom(cred.scope, arrived.From); err != nil {
 		return nil, err
 	}
@@ -221,6 +228,12 @@ func (r *Receiver) VerifyArrival(ctx context.Context, compact []byte, arrived Ar
 	}
 	if !st.StatesNotional(permit) {
 		return nil, refuse(ReasonScope, "the statement states another notional than its order has")
+	}
+	if err := r.policy(ctx, cred, st, env); err != nil {
+		return nil, err
+	}
+	if err := r.killed(ctx, cred, st, now); err != nil {
+		return nil, err
 	}
 
 	// 8. Seen before, 13. limits over time, 16. kept: one step of the store.

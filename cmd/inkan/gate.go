@@ -9,6 +9,7 @@ import (
 	"net/url"
 	"os"
 	"path/filepath"
+	"strings"
 	"time"
 
 	"github.com/coreos/go-systemd/v22/daemon"
@@ -38,6 +39,9 @@ type gateConfig struct {
 	Regions          string              `json:"regions,omitempty"`                 // geofeed or MMDB file, for scopes with source_regions; read anew when it changes
 	RequestSignature string              `json:"request_signature,omitempty"`       // checked, if it is there, or required (RFC 9421); not looked at by default
 	Agents           map[string][]string `json:"agents,omitempty"`                  // SPIFFE IDs and the networks they come from; without it every agent of the CA may come
+	Policies         string              `json:"policies,omitempty"`                // directory with policies, or base URL: docs/controls.md; without it actions under a policy are refused
+	Kills            string              `json:"kills_url,omitempty"`               // the issuer's kill list; without it nobody is asked
+	MaxKillAge       string              `json:"max_kill_age,omitempty"`            // 1m by default
 }
 
 func gateCommand(e *env) *cli.Command {
@@ -83,6 +87,9 @@ func readGate(e *env, c *cli.Context) (g *gate.Gate, listen string, closer func(
 			*p = filepath.Join(filepath.Dir(path), *p)
 		}
 	}
+	if f.Policies != "" && !strings.Contains(f.Policies, "://") && !filepath.IsAbs(f.Policies) {
+		f.Policies = filepath.Join(filepath.Dir(path), f.Policies)
+	}
 	config, err := f.gate()
 	if err != nil {
 		return nil, "", nil, fmt.Errorf("%s: %w", path, err)
@@ -99,11 +106,11 @@ func readGate(e *env, c *cli.Context) (g *gate.Gate, listen string, closer func(
 }
 
 func (f *gateConfig) gate() (*gate.Config, error) {
-	age, reload := time.Hour, time.Duration(0)
+	age, reload, killAge := time.Hour, time.Duration(0), time.Minute
 	for _, d := range []struct {
 		name, text string
 		to         *time.Duration
-	}{{"max_revocation_age", f.MaxRevocationAge, &age}, {"revocation_reload", f.RevocationReload, &reload}} {
+	}{{"max_revocation_age", f.MaxRevocationAge, &age}, {"revocation_reload", f.RevocationReload, &reload}, {"max_kill_age", f.MaxKillAge, &killAge}} {
 		if d.text == "" {
 			continue
 		}
@@ -151,6 +158,15 @@ func (f *gateConfig) gate() (*gate.Config, error) {
 		config.Receiver.RequestSignature = &verify.RequestSignature{Key: verify.PeerKey, Required: f.RequestSignature == "required"}
 	default:
 		return nil, fmt.Errorf("request_signature %.16q: checked or required is expected", f.RequestSignature)
+	}
+	switch {
+	case strings.HasPrefix(f.Policies, "https://"), strings.HasPrefix(f.Policies, "http://"):
+		config.Receiver.Policies = verify.PolicyURL(f.Policies)
+	case f.Policies != "":
+		config.Receiver.Policies = &verify.PolicyDir{Path: f.Policies}
+	}
+	if f.Kills != "" {
+		config.Receiver.Kills = &verify.KillList{Load: verify.HTTPLoader(f.Kills), MaxAge: killAge}
 	}
 	if f.Regions != "" {
 		if config.Receiver.Regions, err = source.Open(f.Regions); err != nil {
