@@ -7,7 +7,7 @@ LIB := /usr/lib/x86_64-linux-gnu
 TOOLS := swtpm=swtpm swtpm_setup=swtpm-tools certtool=gnutls-bin softhsm2-util=softhsm2 \
 	tpm2_readpublic=tpm2-tools pkcs11-tool=opensc p11-kit=p11-kit \
 	openssl=openssl curl=curl strace=strace gcc=gcc xxd=xxd node=nodejs /usr/bin/python3=python3 \
-	pg_ctlcluster=postgresql chromium=chromium npm=npm
+	pg_ctlcluster=postgresql chromium=chromium npm=npm chronyd=chrony
 
 .DEFAULT_GOAL := help
 .PHONY: help build nocgo tools demo test lint bench attack crash storm fuzz clean

@@ -100,7 +100,8 @@ type Identity struct {
 	Lifetime    time.Duration
 	NotAfter    time.Time // end of the certificate; zero: none
 
-	Run *scope.Run // how the process that asks was started; nil: not under confinement
+	Clock *scope.Clock // what is known of the clock; nil: nothing
+	Run   *scope.Run   // how the process that asks was started; nil: not under confinement
 }
 
 // Head is the state of a log.

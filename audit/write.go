@@ -506,12 +506,13 @@ func (l *Log) statement(r *request, head Head) (b []byte, s *scope.Statement, er
 		Decision:    scope.Decision{Decision: scope.DecisionPermit, Certificate: id.Certificate, Scope: id.Scope},
 		Attestation: scope.Attestation{Evidence: id.Evidence, Time: scope.Timestamp{Time: id.AttestedAt.UTC().Truncate(time.Microsecond)}},
 		Run:         id.Run,
+		Clock:       id.Clock,
 	}
 	if r.event != nil {
 		return l.event(r, s)
 	}
 	if r.permit != nil {
-		s.Run = r.permit.Env().Run // the one that was checked
+		s.Run, s.Clock = r.permit.Env().Run, r.permit.Env().Clock // those that were checked
 	}
 	if a := r.action; a != nil {
 		s.Audience, s.ID, s.Kind, s.Order, s.Payment, s.Party, s.Native = a.Audience, a.ID, a.Kind, a.Order, a.Payment, a.Party, a.Native

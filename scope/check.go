@@ -13,6 +13,7 @@ type Env struct {
 	Reference  *ReferencePrice // for the action's instrument; nil: there is none
 	AttestedAt time.Time       // when the evidence behind the certificate was appraised
 	Run        *Run            // how the process that asks was started; nil: not under confinement
+	Clock      *Clock          // what is known of the signer's clock; nil: nothing
 
 	Agent          string   // SPIFFE ID; needed where there are authorizations
 	Authorizations []string // what controllers signed for this action: [Authorization]
@@ -133,6 +134,7 @@ var rules = [...]func(*Permit) *Refusal{
 	(*Permit).checkVenue,
 	(*Permit).checkKind,
 	(*Permit).checkTradingWindow,
+	(*Permit).checkClock,
 	(*Permit).checkAccount,
 	(*Permit).checkClient,
 	(*Permit).checkInstrument,

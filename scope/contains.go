@@ -40,6 +40,7 @@ func Contains(outer, inner *Scope) error {
 		overTime(o, i),
 		when(o.DuplicateMS > i.DuplicateMS, RuleDuplicate, fmt.Sprintf("at least %d is expected", o.DuplicateMS)),
 		when(o.AttestationS != 0 && (i.AttestationS == 0 || i.AttestationS > o.AttestationS), RuleAttestationAge, fmt.Sprintf("at most %d is allowed", o.AttestationS)),
+		when(o.ClockDivergence != 0 && (i.ClockDivergence == 0 || i.ClockDivergence > o.ClockDivergence), RuleClockDivergence, fmt.Sprintf("at most %d is allowed", o.ClockDivergence)),
 		containsDestinations(o.Destinations, i.Destinations),
 		sources(o, i),
 		containsOS(o.OS, i.OS),

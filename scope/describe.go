@@ -133,6 +133,9 @@ func (s *Scope) Describe() []string {
 	if d.AttestationS != 0 {
 		add("Only while the host's attestation is at most %s old.", time.Duration(d.AttestationS)*time.Second)
 	}
+	if d.ClockDivergence != 0 {
+		add("Only while the signer's clock is known to be at most %s from UTC.", time.Duration(d.ClockDivergence)*time.Microsecond)
+	}
 	describeDestinations(d.Destinations, add)
 	if len(d.Networks) > 0 {
 		add("Only from addresses in: %s.", join(texts(d.Networks)))

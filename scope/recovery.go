@@ -27,12 +27,13 @@ const (
 	CauseShared   Cause = "shared"   // another process has written to a copy of it
 	CausePower    Cause = "power"    // the TPM lost power: what was recorded last cannot be told
 	CauseProgram  Cause = "program"  // another executable has written to it before
+	CauseClock    Cause = "clock"    // the clock was set
 )
 
-var causes = []Cause{CauseRollback, CauseLost, CauseDevice, CauseShared, CausePower, CauseProgram}
+var causes = []Cause{CauseRollback, CauseLost, CauseDevice, CauseShared, CausePower, CauseProgram, CauseClock}
 
 // loses says whether actions may have been forgotten.
-func (c Cause) loses() bool { return c != CauseProgram }
+func (c Cause) loses() bool { return c != CauseProgram && c != CauseClock }
 
 // Recovery is the text of [EventRecovery]. What was done before it, and is not in
 // the record, counts as if it had used up every limit over time.

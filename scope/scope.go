@@ -78,6 +78,8 @@ type document struct {
 	NotAfter     *time.Time `json:"not_after,omitempty"`
 	AttestationS uint32     `json:"max_attestation_age_s,omitzero"`
 
+	ClockDivergence uint32 `json:"max_clock_divergence_us,omitzero"` // of the signer's clock from UTC
+
 	// Where its requests may come from: see CheckSource.
 	Networks []netip.Prefix `json:"source_networks,omitempty"`
 	Regions  []string       `json:"source_regions,omitempty"`

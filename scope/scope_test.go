@@ -28,6 +28,7 @@ type vector struct {
 	Env    struct {
 		Now        time.Time             `json:"now"`
 		AttestedAt time.Time             `json:"attested_at"`
+		Clock      *scope.Clock          `json:"clock"`
 		Reference  *scope.ReferencePrice `json:"reference"`
 		Run        *scope.Run            `json:"run"`
 		Source     *source               `json:"source"`
@@ -113,7 +114,7 @@ func TestVectors(t *testing.T) {
 			if err := valid(t, scopes, v.Scope); err != nil {
 				t.Errorf("the schema refuses the scope: %v", err)
 			}
-			env := scope.Env{Now: v.Env.Now, AttestedAt: v.Env.AttestedAt, Reference: v.Env.Reference, Run: v.Env.Run}
+			env := scope.Env{Now: v.Env.Now, AttestedAt: v.Env.AttestedAt, Reference: v.Env.Reference, Run: v.Env.Run, Clock: v.Env.Clock}
 			a, err := scope.ParseAction(v.Action)
 			if err == nil {
 				if err := valid(t, actions, v.Action); err != nil {
@@ -257,6 +258,7 @@ func randomScope(r *rand.Rand) []byte {
 	}
 	if r.IntN(2) == 0 {
 		d["max_attestation_age_s"] = []int{60, 3600}[r.IntN(2)]
+		d["max_clock_divergence_us"] = []int{100, 1000}[r.IntN(2)]
 	}
 	if r.IntN(3) == 0 {
 		d["source_networks"] = pick("192.0.2.0/25", "192.0.2.128/25", "2001:db8::/32")
@@ -310,7 +312,7 @@ func randomAction(r *rand.Rand) (*scope.Action, scope.Env) {
 	}
 	now := time.Date(2026, 11, 24, 7+r.IntN(12), 0, 0, 0, time.UTC)
 	price, _ := scope.ParseDecimal("10")
-	return a, scope.Env{Now: now, AttestedAt: now.Add(-time.Duration(r.IntN(120)) * time.Minute),
+	return a, scope.Env{Now: now, Clock: &scope.Clock{Source: scope.ClockKernel, Divergence: uint64(r.IntN(1200))}, AttestedAt: now.Add(-time.Duration(r.IntN(120)) * time.Minute),
 		Reference: &scope.ReferencePrice{Instrument: a.Instrument(), Price: price, Currency: "EUR", Source: "S", Time: now}}
 }
 

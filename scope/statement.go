@@ -102,6 +102,7 @@ type Statement struct {
 	Open        Counter     `json:"opn,omitzero"`   // number of the oldest order before it that is open and older than any window; absent: there is none
 	Decision    Decision    `json:"scope"`
 	Attestation Attestation `json:"att"`
+	Clock       *Clock      `json:"clk,omitzero"`  // what the signer knew of its clock; absent: nothing
 	Run         *Run        `json:"run,omitempty"` // how the process that asked was started; absent where it is not confined
 
 	fact fact // what Event says; of ParseStatement
@@ -185,6 +186,9 @@ func ParseStatement(b []byte) (*Statement, error) {
 	case (len(s.Authorized) > 0 || s.Decision.Policy != nil) && s.Decision.Decision != DecisionPermit:
 		return nil, errors.New("statement: only a permit has auth and pol")
 	}
+	if err := s.Clock.validate(); err != nil {
+		return nil, err
+	}
 	switch s.Decision.Decision {
 	case DecisionPermit:
 		if s.Decision.Rule != "" || s.Decision.Message != "" {
@@ -218,7 +222,7 @@ func (s *Statement) Action() *Action {
 // Env returns what was known when the statement's action was checked, by the
 // statement itself; attested is what its certificate says.
 func (s *Statement) Env(attested time.Time) Env {
-	return Env{Now: s.Time.Time, AttestedAt: attested, Reference: s.ReferencePrice(), Run: s.Run, Agent: s.Agent, Authorizations: s.Authorized}
+	return Env{Now: s.Time.Time, AttestedAt: attested, Reference: s.ReferencePrice(), Run: s.Run, Clock: s.Clock, Agent: s.Agent, Authorizations: s.Authorized}
 }
 
 // States says whether the statement states the grounds of a permit: policy and utilisation.

@@ -15,6 +15,7 @@ import (
 	"inkan/approver/client"
 	"inkan/audit"
 	"inkan/internal/certext"
+	"inkan/internal/clock"
 	"inkan/internal/jws"
 	"inkan/scope"
 )
@@ -52,6 +53,9 @@ type Agent struct {
 
 	policy      string                // file; empty: policies come from operators alone
 	policyError atomic.Pointer[error] // why the file was not taken over
+
+	clock         *clock.Watch
+	maxDivergence uint64 // microseconds; 0: no bound but the scope's
 }
 
 // credential is a certificate and all that is derived from it once.
@@ -176,6 +180,10 @@ func (a *Agent) Act(ctx context.Context, body []byte, run *scope.Run, authorizat
 			Message: "the agent's certificate expired at " + leaf.NotAfter.UTC().Format(time.RFC3339) + ": see the signer's log for why it was not renewed"}, cred, run)
 	}
 	env := scope.Env{Now: now, AttestedAt: cred.action.Attestation.Time, Run: run, Agent: cred.action.Agent, Authorizations: authorizations}
+	var refusal *scope.Refusal
+	if env.Clock, refusal = a.clockRefuses(action); refusal != nil {
+		return nil, a.refuse(ctx, action, refusal, cred, run)
+	}
 	if env.Reference, err = a.prices.find(action.Instrument()); err != nil {
 		return nil, a.refuse(ctx, action, &scope.Refusal{Rule: scope.RuleReferenceMissing, Message: err.Error()}, cred, run)
 	}
@@ -285,6 +293,7 @@ func (a *Agent) refuse(ctx context.Context, action *scope.Action, cause error, c
 	a.metrics.refused.WithLabelValues(a.name, string(r.Rule)).Inc()
 	id := cred.identity
 	id.Run = run
+	id.Clock, _, _ = a.clock.Now()
 	if err := a.log.Refuse(ctx, action, r, id); err != nil {
 		return err
 	}

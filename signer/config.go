@@ -17,6 +17,7 @@ import (
 
 	"github.com/spiffe/go-spiffe/v2/spiffeid"
 
+	"inkan/internal/clock"
 	"inkan/internal/strictjson"
 )
 
@@ -36,6 +37,7 @@ type Config struct {
 	Agents        []AgentConfig  `json:"agents"`
 	Operators     []CallerConfig `json:"operators,omitempty"` // processes that may see the status of all agents; root and the signer's own user by default
 	Remote        *RemoteConfig  `json:"remote,omitempty"`    // agents on other hosts; none by default
+	Clock         *ClockConfig   `json:"clock,omitempty"`
 
 	CommandAudit string `json:"command_audit,omitempty"` // auto (default): the TPM testifies to its signatures if it can; required; off
 
@@ -46,6 +48,36 @@ type Config struct {
 	hedge, giveUp time.Duration
 
 	mode os.FileMode
+}
+
+// ClockConfig says who keeps the clock and how far it may be from UTC.
+type ClockConfig struct {
+	Source        string `json:"source,omitempty"`         // auto, chrony, kernel or none; auto by default
+	Chrony        string `json:"chrony,omitempty"`         // where chronyd listens, if not where chronyc looks for it
+	MaxDivergence string `json:"max_divergence,omitempty"` // 1us to 1m; no bound by default but the scope's
+
+	max uint64 // microseconds
+}
+
+func (c *ClockConfig) validate() error {
+	if c.Source == "" {
+		c.Source = clock.Auto
+	}
+	if !slices.Contains([]string{clock.Auto, clock.Chrony, clock.Kernel, clock.None}, c.Source) {
+		return fmt.Errorf("clock.source %.16q: auto, chrony, kernel or none is expected", c.Source)
+	}
+	if c.MaxDivergence == "" {
+		return nil
+	}
+	d, err := time.ParseDuration(c.MaxDivergence)
+	if err != nil || d < time.Microsecond || d > time.Minute {
+		return fmt.Errorf("clock.max_divergence %.16q: 1us to 1m is expected", c.MaxDivergence)
+	}
+	if c.Source == clock.None {
+		return errors.New("clock.max_divergence needs a source other than none")
+	}
+	c.max = uint64(d.Microseconds())
+	return nil
 }
 
 // IssuerConfig says where certificates come from.
@@ -188,6 +220,12 @@ func (c *Config) validate(dir string) error {
 		if err := o.validate(); err != nil {
 			return fmt.Errorf("operator %d: %w", i+1, err)
 		}
+	}
+	if c.Clock == nil {
+		c.Clock = &ClockConfig{}
+	}
+	if err := c.Clock.validate(); err != nil {
+		return err
 	}
 	if c.Remote != nil {
 		if err := c.Remote.validate(below); err != nil {

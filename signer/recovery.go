@@ -102,7 +102,12 @@ func (s *Signer) recover(w http.ResponseWriter, r *http.Request) {
 		problem.Write(w, problem.Problem{Status: http.StatusBadRequest, Detail: "recovery: " + err.Error()})
 		return
 	}
-	out, err := a.Recover(r.Context(), req.Reason, probe.By)
+	var out *Recovered
+	if _, jump, _ := s.clock.Now(); jump != nil && a.log.Finding() == nil {
+		out, err = s.acceptClock(r.Context(), a, jump, req.Reason, probe.By)
+	} else {
+		out, err = a.Recover(r.Context(), req.Reason, probe.By)
+	}
 	if errors.Is(err, errNothingFound) {
 		problem.Write(w, problem.Problem{Status: http.StatusConflict, Detail: err.Error()})
 		return

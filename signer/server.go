@@ -56,6 +56,7 @@ func (s *Signer) Serve(ctx context.Context, ready func()) error {
 		wg.Go(func() { s.renewAll(renewals) })
 		wg.Go(func() { s.checkpointAll(renewals) })
 		wg.Go(func() { s.watchControls(renewals) })
+		wg.Go(func() { s.watchClock(renewals) })
 		wg.Wait()
 	}()
 

@@ -25,6 +25,7 @@ import (
 
 	"inkan/approver/client"
 	"inkan/audit"
+	"inkan/internal/clock"
 )
 
 // Credentials are an agent's key and its certificate chain, leaf first.
@@ -65,6 +66,7 @@ type Signer struct {
 	units   bool // some caller is told by its unit
 	bound   *boundListener
 	remote  *remote // nil: nobody calls from other hosts
+	clock   *clock.Watch
 }
 
 // Open opens the agents' records. credentials has an entry for each agent. A
@@ -82,6 +84,12 @@ func Open(ctx context.Context, c *Config, credentials map[string]Credentials, re
 		}
 		s.metrics.registry.MustRegister(s.remote.gate.refused)
 	}
+	if err := os.MkdirAll(c.StateDir, 0o700); err != nil {
+		return nil, err
+	}
+	if s.clock, err = openClock(c); err != nil {
+		return nil, err
+	}
 	s.metrics.registry.MustRegister(&statusCollector{s})
 	for _, ac := range c.Agents {
 		cred := credentials[ac.Name]
@@ -92,14 +100,16 @@ func Open(ctx context.Context, c *Config, credentials map[string]Credentials, re
 		if err := os.MkdirAll(dir, 0o700); err != nil {
 			return nil, err
 		}
-		a := &Agent{name: ac.Name, key: cred.Key, approvers: cred.Approvers, lifetime: ac.lifetime, every: ac.checkpoints, busy: make(chan struct{}, ac.MaxConcurrent), now: time.Now, metrics: s.metrics.agent(ac.Name), logger: log, device: cred.Device, testify: cred.Testify, policy: ac.Policy, cancels: cred.Cancel}
+		a := &Agent{name: ac.Name, key: cred.Key, approvers: cred.Approvers, lifetime: ac.lifetime, every: ac.checkpoints, busy: make(chan struct{}, ac.MaxConcurrent), metrics: s.metrics.agent(ac.Name), logger: log, device: cred.Device, testify: cred.Testify, policy: ac.Policy, cancels: cred.Cancel}
 		if a.prices, err = openPrices(ac.ReferencePrices, ac.ReferenceKey); err != nil {
 			return nil, fmt.Errorf("agent %s: %w", ac.Name, err)
 		}
+		a.clock, a.maxDivergence, a.now = s.clock, c.Clock.max, s.clock.Time
 		o, err := s.anchorOptions(cred.Anchor, ac.bindEvery)
 		if err != nil {
 			return nil, err
 		}
+		o.Now = s.clock.Time
 		if a.log, err = audit.Open(ctx, filepath.Join(dir, LogFile), o); err != nil {
 			return nil, err
 		}

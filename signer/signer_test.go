@@ -173,6 +173,12 @@ func start(t testing.TB, agents string) *desk {
 // startWith starts a signer with a renewer, and with agents that are there already.
 func startWith(t testing.TB, agents string, renew signer.Renewer, known map[string]*testca.Agent) *desk {
 	t.Helper()
+	return startIn(t, agents, renew, known, nil)
+}
+
+// startIn is startWith with files in the state directory.
+func startIn(t testing.TB, agents string, renew signer.Renewer, known map[string]*testca.Agent, state map[string][]byte) *desk {
+	t.Helper()
 	dir, err := os.MkdirTemp("", "signer") // short, for the socket; others may enter it
 	if err != nil {
 		t.Fatal(err)
@@ -180,6 +186,11 @@ func startWith(t testing.TB, agents string, renew signer.Renewer, known map[stri
 	t.Cleanup(func() { _ = os.RemoveAll(dir) })
 	if err := os.Chmod(dir, 0o755); err != nil {
 		t.Fatal(err)
+	}
+	for name, content := range state {
+		if err := errors.Join(os.MkdirAll(filepath.Join(dir, "state"), 0o700), os.WriteFile(filepath.Join(dir, "state", name), content, 0o600)); err != nil {
+			t.Fatal(err)
+		}
 	}
 	d := &desk{dir: dir, socket: filepath.Join(dir, "run", "s"), ca: testca.New(t), agents: make(map[string]*testca.Agent)}
 	config, err := signer.ParseConfig(fmt.Appendf(nil, "socket: run/s\nstate_dir: state\ntpm: none\nissuer: {url: 'https://localhost', ca: none}\nagents:\n%s", agents), dir)

@@ -30,7 +30,15 @@ type DeviceStatus struct {
 // Status is what operators see of a signer.
 type Status struct {
 	Time   time.Time     `json:"time"`
+	Clock  ClockStatus   `json:"clock"`
 	Agents []AgentStatus `json:"agents"`
+}
+
+// ClockStatus is what is known of the signer's clock.
+type ClockStatus struct {
+	*scope.Clock        // nil: nothing
+	Jump         string `json:"jump,omitzero"`  // that it was set: all but cancels are refused
+	Error        string `json:"error,omitzero"` // why nothing is known
 }
 
 // AgentStatus is what operators see of an agent.
@@ -69,6 +77,13 @@ func (a *Agent) info(ctx context.Context) (*AgentInfo, error) {
 // status of all agents, in the order of the configuration.
 func (s *Signer) status(ctx context.Context) *Status {
 	out := &Status{Time: time.Now().UTC(), Agents: []AgentStatus{}}
+	state, jump, why := s.clock.Now()
+	if out.Clock.Clock = state; jump != nil {
+		out.Clock.Jump = jump.String()
+	}
+	if why != nil {
+		out.Clock.Error = why.Error()
+	}
 	for _, ac := range s.config.Agents {
 		a := s.agents[ac.Name]
 		var x AgentStatus
@@ -107,12 +122,14 @@ var (
 	workerUp         = prometheus.NewDesc("inkan_signer_token_worker_up", "1 if the worker process of the agent's token runs", agentLabel, nil)
 	breakerOpen      = prometheus.NewDesc("inkan_signer_token_breaker_open", "1 if calls of the agent's token are refused at once", agentLabel, nil)
 	tokenFailures    = prometheus.NewDesc("inkan_signer_token_failures_total", "calls of the agent's token that failed, those included that a second try made good", agentLabel, nil)
+	clockDivergence  = prometheus.NewDesc("inkan_signer_clock_divergence_seconds", "how far the clock is from UTC at most; absent while that is not known", nil, nil)
+	clockSet         = prometheus.NewDesc("inkan_signer_clock_jump", "1 if all but cancels are refused since the clock was set", nil, nil)
 	recordFound      = prometheus.NewDesc("inkan_signer_record_refused", "1 if everything is refused since the agent's record may not be all that was recorded", agentLabel, nil)
 	tokenLatency     = prometheus.NewDesc("inkan_signer_token_latency_seconds", "moving average of a signature of the agent's token", agentLabel, nil)
 )
 
 func (c *statusCollector) Describe(ch chan<- *prometheus.Desc) {
-	for _, d := range []*prometheus.Desc{limitRatio, killsInForce, policyEnds, policyVersion, workerGeneration, workerUp, breakerOpen, tokenFailures, tokenLatency, recordFound} {
+	for _, d := range []*prometheus.Desc{limitRatio, killsInForce, policyEnds, policyVersion, workerGeneration, workerUp, breakerOpen, tokenFailures, tokenLatency, recordFound, clockDivergence, clockSet} {
 		ch <- d
 	}
 }
@@ -126,7 +143,12 @@ func (c *statusCollector) Collect(ch chan<- prometheus.Metric) {
 		}
 		return 0
 	}
-	for _, a := range c.signer.status(ctx).Agents {
+	status := c.signer.status(ctx)
+	ch <- prometheus.MustNewConstMetric(clockSet, prometheus.GaugeValue, bit(status.Clock.Jump != ""))
+	if d := status.Clock.Clock; d != nil {
+		ch <- prometheus.MustNewConstMetric(clockDivergence, prometheus.GaugeValue, float64(d.Divergence)/1e6)
+	}
+	for _, a := range status.Agents {
 		ch <- prometheus.MustNewConstMetric(killsInForce, prometheus.GaugeValue, float64(len(a.Controls.Kills)), a.Name)
 		if p := a.Controls.Policy; p != nil {
 			ch <- prometheus.MustNewConstMetric(policyEnds, prometheus.GaugeValue, float64(p.Expires.Unix()), a.Name)

@@ -2,6 +2,7 @@ package main
 
 import (
 	"context"
+	"encoding/json"
 	"errors"
 	"fmt"
 	"os"
@@ -71,7 +72,7 @@ func attackRollback(ctx context.Context, w *world) error {
 	if err := r.sign(ctx); err != nil {
 		return err
 	}
-	for _, step := range []func(context.Context) error{r.killed, r.restored, r.recovery, r.deleted, r.copies, r.elsewhere, r.program, r.power} {
+	for _, step := range []func(context.Context) error{r.killed, r.restored, r.recovery, r.deleted, r.copies, r.elsewhere, r.program, r.forward, r.power, r.back} {
 		if err := step(ctx); err != nil {
 			return err
 		}
@@ -266,6 +267,62 @@ func (r *rollback) program(ctx context.Context) error {
 		}
 		return r.tries(ctx)
 	})
+}
+
+// forward: the clock is set while the signer does not run, which remembers where it
+// was in this boot.
+func (r *rollback) forward(ctx context.Context) error {
+	if err := r.attack("the clock set forward by a day", "signer", "clock_jump: the clock was set forward by 24h", func() (bool, string, error) {
+		if err := r.again(func() error { return r.setClock(24 * time.Hour) }); err != nil {
+			return false, "", err
+		}
+		return r.tries(ctx)
+	}); err != nil {
+		return err
+	}
+	cancel := strings.NewReplacer(`"order.new"`, `"order.cancel"`, `"OrdType":"2","Price":"61.24","OrderQty":"400","Currency":"EUR","TimeInForce":"0"`, `"OrigClOrdID":"A-991"`, `"A-991","SecurityID"`, `"A-992","SecurityID"`).Replace(order(client.NewID()))
+	if accepted, said, err := r.asks(ctx, cancel); err != nil || !accepted {
+		return errors.Join(fmt.Errorf("a cancel is refused that should be signed: %s", said), err)
+	}
+	if err := r.again(func() error { return r.setClock(-24 * time.Hour) }); err != nil {
+		return err
+	}
+	// The cancel has not carried the record into tomorrow, so nothing has aged out.
+	return r.attack("limits after that", "signer", "max_notional_per_window: what was done before", func() (bool, string, error) { return r.tries(ctx) })
+}
+
+// back is the last, since the record is of tomorrow then; the certificate ends in a day.
+func (r *rollback) back(ctx context.Context) error {
+	return r.attack("the clock set back by 23 hours", "signer", "clock_jump: the clock was set back by 23h", func() (bool, string, error) {
+		if err := r.again(func() error { return r.setClock(-23 * time.Hour) }); err != nil {
+			return false, "", err
+		}
+		return r.tries(ctx)
+	})
+}
+
+// setClock stands for setting the clock of the machine, which other programs need.
+func (r *rollback) setClock(by time.Duration) error {
+	b, err := os.ReadFile(r.path("state", "clock.json"))
+	if err != nil {
+		return err
+	}
+	var saved struct {
+		Boot   string `json:"boot"`
+		Offset string `json:"offset"`
+	}
+	if err := json.Unmarshal(b, &saved); err != nil {
+		return err
+	}
+	d, err := time.ParseDuration(saved.Offset)
+	if err != nil {
+		return err
+	}
+	saved.Offset = (d - by).String()
+	if b, err = json.Marshal(saved); err != nil {
+		return err
+	}
+	return os.WriteFile(r.path("state", "clock.json"), b, 0o600)
 }
 
 // power: the TPM loses power, so its counter has jumped, and an older copy of

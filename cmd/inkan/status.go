@@ -54,6 +54,7 @@ func statusCommand(e *env) *cli.Command {
 }
 
 func printStatus(w io.Writer, s *signer.Status) {
+	fmt.Fprintf(w, "clock  %s\n\n", describeClock(&s.Clock))
 	for i, a := range s.Agents {
 		if i > 0 {
 			fmt.Fprintln(w)
@@ -83,6 +84,16 @@ func printStatus(w io.Writer, s *signer.Status) {
 			fmt.Fprintf(w, "  %-*s  %s %3.0f %%  %s of %s%s\n", width, limitName(u), bar(u.Ratio()), math.Floor(100*u.Ratio()), u.Used, u.Of, disabled)
 		}
 	}
+}
+
+func describeClock(c *signer.ClockStatus) string {
+	switch {
+	case c.Jump != "":
+		return "ONLY CANCELS PASS: " + c.Jump + "; inkan signer recover accepts it as it is"
+	case c.Clock == nil:
+		return "its divergence from UTC is not known: " + c.Error
+	}
+	return fmt.Sprintf("at most %s from UTC (%s)", time.Duration(c.Divergence)*time.Microsecond, c.Source)
 }
 
 func describeAnchoring(a *audit.Anchoring) string {
