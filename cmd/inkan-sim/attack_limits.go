@@ -26,7 +26,7 @@ const raceRounds = 20
 const racers = 64
 
 // limitsScope has a limit for each attack, so that none spoils another: EUR is
-// sliced, USD is signed under fire, and each symbol in GBP has room for one order.
+// sliced, USD is signed under fire, SEK replaced, NOK left open, and each symbol in GBP has room for one order.
 func limitsScope() string {
 	var b strings.Builder
 	b.WriteString(`version: 1
@@ -44,9 +44,14 @@ allowed_tif: ["0"]
 max_order_notional:
   - {currency: EUR, amount: "25000"}
   - {currency: GBP, amount: "25000"}
+  - {currency: NOK, amount: "25000"}
+  - {currency: SEK, amount: "25000"}
   - {currency: USD, amount: "25000"}
+max_open_notional:
+  - {currency: NOK, amount: "15000"}
 max_notional_per_window:
   - {currency: EUR, amount: "100000", window: {rolling_s: 3600}}
+  - {currency: SEK, amount: "30000", window: {rolling_s: 3600}}
   - {currency: USD, amount: "40000", window: {rolling_s: 3600}}
 max_qty_per_window:
   - {instrument: "*", qty: "10", window: {rolling_s: 3600}}
@@ -71,7 +76,7 @@ func attackLimits(ctx context.Context, w *world) error {
 		}
 	}
 	l := &limits{w, client.New(w.socket())}
-	for _, step := range []func(context.Context) error{l.forms, l.ids, l.salami, l.race, l.fire, l.edits} {
+	for _, step := range []func(context.Context) error{l.forms, l.ids, l.salami, l.chains, l.open, l.race, l.fire, l.edits} {
 		if err := step(ctx); err != nil {
 			return err
 		}
@@ -224,6 +229,61 @@ func (l *limits) salami(ctx context.Context) error {
 			}
 		}
 		return true, "100 slices of 6124 EUR were signed, 100000 are allowed", nil
+	})
+}
+
+// chains replaces one order by larger and smaller ones in turn: each link that is
+// larger than the one before is debited.
+func (l *limits) chains(ctx context.Context) error {
+	return l.attack("a chain of replacements that grows, shrinks and grows", "signer", string(scope.RuleNotionalWindow), func() (bool, string, error) {
+		link := func(n int, qty string) string {
+			changes := []string{`"EUR"`, `"SEK"`, `"61.24"`, `"1"`, `"400"`, `"` + qty + `"`}
+			if n == 0 {
+				return order(client.NewID(), append(changes, `"A-991"`, `"CHAIN-0"`)...)
+			}
+			return order(client.NewID(), append(changes, `"order.new"`, `"order.replace"`, `"ClOrdID":"A-991"`, fmt.Sprintf(`"ClOrdID":"CHAIN-%d","OrigClOrdID":"CHAIN-%d"`, n, n-1))...)
+		}
+		for n := range 40 {
+			qty := "2000"
+			if n%2 == 1 {
+				qty = "7000"
+			}
+			accepted, said, err := l.asks(ctx, link(n, qty))
+			if err != nil || !accepted {
+				return accepted, fmt.Sprintf("after %d links %s", n, said), err
+			}
+		}
+		return true, "40 links were signed, 20 of which add 5000 SEK: 30000 are allowed", nil
+	})
+}
+
+// open: an agent that says that its orders are not open any more.
+func (l *limits) open(ctx context.Context) error {
+	body := func(name string) string {
+		return order(client.NewID(), `"EUR"`, `"NOK"`, `"61.24"`, `"1"`, `"400"`, `"10000"`, `"A-991"`, `"`+name+`"`)
+	}
+	if _, err := l.signer.SignJSON(ctx, []byte(body("OPEN-1"))); err != nil {
+		return err
+	}
+	if err := l.attack("a cancel, to make room among open orders", "signer", string(scope.RuleOpenNotional), func() (bool, string, error) {
+		if _, err := l.signer.SignJSON(ctx, fmt.Appendf(nil, `{"id":%q,"aud":"XPAR","act":"order.cancel","ord":{"ClOrdID":"CANCEL-1","OrigClOrdID":"OPEN-1"}}`, client.NewID())); err != nil {
+			return false, "", err
+		}
+		return l.asks(ctx, body("OPEN-2"))
+	}); err != nil {
+		return err
+	}
+	if err := l.attack("the name of an open order again", "signer", string(scope.RuleOpenNotional), func() (bool, string, error) {
+		return l.asks(ctx, order(client.NewID(), `"EUR"`, `"NOK"`, `"61.24"`, `"1"`, `"400"`, `"0.5"`, `"A-991"`, `"OPEN-1"`))
+	}); err != nil {
+		return err
+	}
+	return l.attack("an acknowledgement of an order that was never signed", "signer", string(scope.RuleAckUnknown), func() (bool, string, error) {
+		out, err := l.signer.Acknowledge(ctx, "mm-07", &scope.Acknowledgement{Venue: "XPAR", ClOrdID: "OPEN-3", Status: scope.AckFilled, Time: scope.Timestamp{Time: time.Now().UTC().Truncate(time.Microsecond)}})
+		if err != nil {
+			return false, "", err
+		}
+		return out[0].Rule == "", string(out[0].Rule) + ": " + out[0].Detail, nil
 	})
 }
 

@@ -395,8 +395,84 @@ func signedOrder(key *ecdsa.PrivateKey, leaf *x509.Certificate, h *jws.Header, s
 	return []byte(jws.Compact(input, sig)), nil
 }
 
-// record measures the record alone.
+// record measures the record alone, under a plain scope and under every limit over time.
 func (b *bench) record(context.Context) error {
+	plain, err := scope.ParseCanonical([]byte(benchScope))
+	if err != nil {
+		return err
+	}
+	full, err := scope.Parse([]byte(everyLimit))
+	if err != nil {
+		return err
+	}
+	if err := b.limits(full); err != nil {
+		return err
+	}
+	for _, x := range []struct {
+		name  string
+		scope *scope.Scope
+	}{{"audit.Log.Record", plain}, {"audit.Log.Record, every limit", full}} {
+		if err := b.recordUnder(x.name, x.scope); err != nil {
+			return err
+		}
+	}
+	return nil
+}
+
+// everyLimit is benchScope with each limit over time, none of which is reached.
+var everyLimit = strings.Replace(strings.Replace(benchScope, `"version":1`, `"price_collar_bps":{"bps":1000,"source":"S","max_age_ms":86400000},
+ "max_notional_per_window":[{"currency":"EUR","amount":"100000000000","window":{"rolling_s":60}},{"currency":"EUR","amount":"1000000000000","window":{"day_cut":"17:30","tz":"Europe/Paris"}}],
+ "max_qty_per_window":[{"instrument":"*","qty":"1000000000","window":{"rolling_s":60}}],"max_orders_per_window":[{"count":10000000,"window":{"rolling_s":60}}],
+ "max_messages_per_window":[{"count":10000000,"window":{"rolling_s":60}},{"venue":"XPAR","count":10000000,"window":{"rolling_s":60}}],
+ "price_collar_window_bps":[{"bps":1000,"window":{"rolling_s":60}}],"max_instruments":[{"count":5,"window":{"day_cut":"00:00"}}],"max_venues":[{"count":5,"window":{"day_cut":"00:00"}}],
+ "max_open_orders":{"count":100000},"max_open_notional":[{"currency":"EUR","amount":"1000000000000"}],
+ "repeat_execution_throttle":[{"count":10000000,"window":{"rolling_s":60}},{"count":10000000,"window":{"rolling_s":60},"per":"strategy"}],"version":1`, 1), `"allowed_tif":["0"]`, `"allowed_tif":["3"]`, 1)
+
+// benchPermit checks a fresh order. Under limits of what is open it is an immediate one, which is never open.
+func benchPermit(s *scope.Scope) (*scope.Permit, error) {
+	text := order(client.NewID())
+	if strings.Contains(string(s.Canonical()), `"allowed_tif":["3"]`) {
+		text = order(client.NewID(), `"TimeInForce":"0"`, `"TimeInForce":"3"`)
+	}
+	a, err := scope.ParseAction([]byte(text))
+	if err != nil {
+		return nil, err
+	}
+	price, err := scope.ParseDecimal("61.24")
+	if err != nil {
+		return nil, err
+	}
+	now := time.Now()
+	return scope.Check(s, a, scope.Env{Now: now, AttestedAt: now, Reference: &scope.ReferencePrice{Instrument: a.Instrument(), Price: price, Currency: "EUR", Source: "S", Time: now.Add(-time.Second)}})
+}
+
+// limits measures what checking costs, without a record.
+func (b *bench) limits(full *scope.Scope) error {
+	p, err := benchPermit(full)
+	if err != nil {
+		return err
+	}
+	if _, err := b.run("scope.Check", 1, nil, func(int) error {
+		_, err := scope.Check(full, p.Action(), p.Env())
+		return err
+	}); err != nil {
+		return err
+	}
+	book, at := scope.NewBook(), time.Now()
+	_, err = b.run("scope.Book, every limit: check, state, add", 1, nil, func(int) error {
+		at = at.Add(100 * time.Microsecond)
+		u := scope.UseOf(p, at)
+		if refusal := book.Check(full, u); refusal != nil {
+			return refusal
+		}
+		book.Utilisation(full, u)
+		book.Add(u)
+		return nil
+	})
+	return err
+}
+
+func (b *bench) recordUnder(name string, s *scope.Scope) error {
 	dir, err := os.MkdirTemp("", "record")
 	if err != nil {
 		return err
@@ -407,17 +483,9 @@ func (b *bench) record(context.Context) error {
 		return err
 	}
 	defer l.Close()
-	s, err := scope.ParseCanonical([]byte(benchScope))
-	if err != nil {
-		return err
-	}
 	for _, clients := range []int{1, 16, 64} {
-		m, err := b.run("audit.Log.Record", clients, nil, func(int) error {
-			a, err := scope.ParseAction([]byte(order(client.NewID())))
-			if err != nil {
-				return err
-			}
-			p, err := scope.Check(s, a, scope.Env{Now: time.Now(), AttestedAt: time.Now()})
+		m, err := b.run(name, clients, nil, func(int) error {
+			p, err := benchPermit(s)
 			if err != nil {
 				return err
 			}
@@ -427,7 +495,7 @@ func (b *bench) record(context.Context) error {
 		if err != nil {
 			return err
 		}
-		if clients == 1 {
+		if clients == 1 && b.commit == nil {
 			b.commit = m
 		}
 	}
