@@ -88,6 +88,19 @@ func (d *Device) audited() (list []tpm2.TPMCC, err error) {
 	return list, err
 }
 
+// Auditing says whether the TPM audits TPM2_Sign now, for whomever.
+func (d *Device) Auditing() (on bool, err error) {
+	err = d.do("asking what the TPM audits", func() error {
+		list, err := d.audited()
+		on = slices.Contains(list, tpm2.TPMCCSign)
+		return err
+	})
+	if errors.Is(err, ErrNoAudit) {
+		return false, nil
+	}
+	return on, err
+}
+
 // Audited says whether signatures go to a journal.
 func (d *Device) Audited() bool {
 	d.mu.Lock()

@@ -6,6 +6,7 @@ import (
 	"errors"
 	"fmt"
 	"os"
+	"strings"
 
 	"inkan/attest"
 	"inkan/journal"
@@ -19,6 +20,17 @@ import (
 func attackBooks(ctx context.Context, w *world) error {
 	if err := w.bringUp(ctx); err != nil {
 		return err
+	}
+	// Nothing is found where nothing was done: doctor's signatures are in the journal too.
+	said, err := w.books(ctx, func() error {
+		_, err := w.run(ctx, "doctor", "--config", w.path("signer.yaml"))
+		return err
+	})
+	if err != nil {
+		return err
+	}
+	if said.code != 0 || !strings.Contains(said.stdout, "Nothing was signed behind the signer's back") {
+		return fmt.Errorf("an honest journal does not stand: %s%s", said.stdout, said.stderr)
 	}
 	w.title("Root signs behind the signer's back, in local mode, and an auditor looks afterwards")
 	for _, a := range []struct {
@@ -48,7 +60,15 @@ func attackBooks(ctx context.Context, w *world) error {
 			return behind(k)
 		}},
 	} {
-		if err := w.attack(a.name, "auditor", a.rule, func() (bool, string, error) { return w.audited(ctx, a.do) }); err != nil {
+		if err := w.attack(a.name, "auditor", a.rule, func() (bool, string, error) {
+			said, err := w.books(ctx, func() error {
+				if err := w.asRoot(a.do); err != nil {
+					return fmt.Errorf("root could not sign, which it can in local mode: %w", err)
+				}
+				return nil
+			})
+			return said.code == 0, said.stdout + said.stderr, err
+		}); err != nil {
 			return err
 		}
 	}
@@ -71,33 +91,25 @@ func behind(k *tpm.Key) error {
 	return err
 }
 
-// audited starts with a fresh journal, has an order signed as it should be,
-// lets root act, stops the signer and returns what an auditor finds.
-func (w *world) audited(ctx context.Context, act func(*tpm.Device, *tpm.Key) error) (accepted bool, said string, err error) {
-	w.signer.stop()
+// books starts with a fresh journal, has an order signed as
+// it should be, lets something happen, stops the signer, which has the TPM
+// testify a last time, and returns what an auditor finds.
+func (w *world) books(ctx context.Context, happens func() error) (result, error) {
 	if err := os.Remove(w.path("state", journal.FileName)); err != nil {
-		return false, "", err
+		return result{}, err
 	}
-	if err := w.startSigner(); err != nil {
-		return false, "", err
+	if err := w.restartSigner(); err != nil {
+		return result{}, err
 	}
 	if ok, said, err := w.signs(ctx, w.inkan, order(client.NewID())); err != nil || !ok {
-		return false, "", errors.Join(err, fmt.Errorf("the honest order: %s", said))
+		return result{}, errors.Join(err, fmt.Errorf("the honest order: %s", said))
 	}
-	verify := []string{"audit", "verify", "--log", w.path("state", "mm-07", "log.db"), "--ca", w.path("issuer", "ca.pem"), "--journal", w.path("state", journal.FileName)}
-	honest, err := w.try(ctx, "", verify...)
-	if err != nil || honest.code != 0 {
-		return false, "", errors.Join(err, fmt.Errorf("before the attack the journal does not stand: %s", honest.stderr))
+	if err := happens(); err != nil {
+		return result{}, err
 	}
-	if err := w.asRoot(act); err != nil {
-		return false, "", fmt.Errorf("root could not sign, which it can in local mode: %w", err)
-	}
-	w.signer.stop() // it has the TPM testify a last time
-	found, err := w.try(ctx, "", verify...)
-	if err != nil {
-		return false, "", err
-	}
-	return found.code == 0, found.stdout + found.stderr, w.startSigner()
+	w.signer.stop()
+	found, err := w.try(ctx, "", "audit", "verify", "--log", w.path("state", "mm-07", "log.db"), "--ca", w.path("issuer", "ca.pem"), "--journal", w.path("state", journal.FileName))
+	return found, errors.Join(err, w.startSigner())
 }
 
 // asRoot loads the agent's key beside the signer.

@@ -10,6 +10,7 @@ import (
 	"fmt"
 	"io/fs"
 	"os"
+	"path/filepath"
 	"strings"
 	"text/tabwriter"
 	"time"
@@ -21,6 +22,7 @@ import (
 	"inkan/hsm"
 	"inkan/internal/attester"
 	"inkan/internal/keyuri"
+	"inkan/journal"
 	"inkan/signer"
 	"inkan/tpm"
 )
@@ -78,7 +80,7 @@ func doctorCommand(e *env) *cli.Command {
 				address = "/dev/tpmrm0"
 			}
 			if address != "" {
-				d.tpm(address, tpm.Options{})
+				d.tpm(address, tpm.Options{}, "")
 			}
 			if uri := c.String("token"); uri != "" {
 				d.token(uri)
@@ -160,7 +162,8 @@ func verdict(err error) string {
 }
 
 // tpm examines a TPM and times a signature with a key that it does not keep.
-func (d *doctor) tpm(address string, o tpm.Options) {
+// Where the TPM audits signatures they must stand in its signer's journal.
+func (d *doctor) tpm(address string, o tpm.Options, journalFile string) {
 	d.area = "TPM at " + address
 	dev, err := tpm.OpenWith(address, o)
 	if err != nil {
@@ -184,7 +187,7 @@ func (d *doctor) tpm(address string, o tpm.Options) {
 		"it was not shut down in order; it becomes safe again by itself")
 	d.expect(info.CommandAudit, "command audit", stateNote, fmt.Sprint(info.CommandAudit), "this TPM cannot testify how many signatures it made")
 	d.endorsementKeys(dev)
-	d.speed(dev)
+	d.speed(dev, journalFile)
 }
 
 func orNone(list []string) string {
@@ -227,7 +230,26 @@ func (d *doctor) endorsementKeys(dev *tpm.Device) {
 // samples is how many signatures are timed.
 const samples = 5
 
-func (d *doctor) speed(dev *tpm.Device) {
+func (d *doctor) speed(dev *tpm.Device, journalFile string) {
+	on, err := dev.Auditing()
+	switch {
+	case err != nil:
+		d.add("a signature", stateRefused, err.Error(), "")
+		return
+	case on && journalFile == "":
+		d.ok("a signature", "not timed: the TPM audits signatures, and this one would be missing in its signer's journal; give --config")
+		return
+	case on:
+		j, err := journal.Open(journalFile)
+		if err == nil {
+			defer j.Close()
+			err = dev.StartAudit(j)
+		}
+		if err != nil {
+			d.add("a signature", stateRefused, err.Error(), "")
+			return
+		}
+	}
 	file, _, err := dev.CreateKey(tpm.SigningTemplate())
 	if err != nil {
 		d.add("a signature", stateRefused, err.Error(), "")
@@ -354,7 +376,11 @@ func (d *doctor) signer(c *cli.Context) {
 	options, err := hierarchyAuth(config)
 	h.close() // a software TPM serves one client at a time
 	if err == nil {
-		d.tpm(config.TPM, options)
+		books := filepath.Join(config.StateDir, journal.FileName)
+		if _, err := os.Stat(books); err != nil {
+			books = ""
+		}
+		d.tpm(config.TPM, options, books)
 	}
 	if h, err = openHost(config); err != nil {
 		d.add("opens", stateRefused, err.Error(), "")
