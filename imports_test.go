@@ -46,12 +46,13 @@ var allowed = map[string][]string{
 	"simulator":           {},
 	"tpm":                 {"attest", "github.com/foxboron/go-tpm-keyfiles", "github.com/google/go-tpm"},
 	"verify":              {"scope", "verify/source", "internal/certext", "internal/httpsig", "internal/jws", "internal/problem", "golang.org/x/crypto", "modernc.org/sqlite"},
+	"verify/message":      {"scope", "verify", "internal/strictjson"},
 	"verify/postgres":     {"verify", "internal/postgres"},
 	"verify/source":       {"scope", "github.com/oschwald/maxminddb-golang"},
 	"wire":                {"hsm", "scope", "tpm", "internal/certext", "internal/httpsig", "internal/jws", "internal/keyuri"},
 	"wire/proxy":          {"scope", "wire", "internal/caller", "internal/problem", "internal/strictjson", "github.com/prometheus/client_golang"},
 	"verify/binding":      {"scope", "verify", "internal/strictjson"},
-	"verify/gate":         {"scope", "verify", "internal/problem", "internal/strictjson"},
+	"verify/gate":         {"verify", "verify/message", "internal/problem"},
 }
 
 type listed struct {

@@ -40,6 +40,11 @@ func (r *Receiver) Middleware(maxBody int64, next http.Handler) http.Handler {
 			fail(w, refuse(ReasonSourceNetwork, "%v", err))
 			return
 		}
+		agrees, err := r.match(req)
+		if err != nil {
+			fail(w, err)
+			return
+		}
 		body, err := io.ReadAll(http.MaxBytesReader(w, req.Body, maxBody))
 		if err != nil {
 			if _, ok := errors.AsType[*http.MaxBytesError](err); ok {
@@ -54,7 +59,7 @@ func (r *Receiver) Middleware(maxBody int64, next http.Handler) http.Handler {
 			fail(w, err)
 			return
 		}
-		v, err := r.VerifyArrival(req.Context(), []byte(values[0]), Arrival{Body: &Body{Format: scope.NativeHTTPBody, SHA256: sha256.Sum256(body)}, From: from, Agent: agent})
+		v, err := r.VerifyArrival(req.Context(), []byte(values[0]), Arrival{Body: &Body{Format: scope.NativeHTTPBody, SHA256: sha256.Sum256(body)}, From: from, Agent: agent, Agrees: agrees(body)})
 		if err != nil {
 			fail(w, err)
 			return
@@ -64,6 +69,25 @@ func (r *Receiver) Middleware(maxBody int64, next http.Handler) http.Handler {
 		req.TransferEncoding = nil
 		next.ServeHTTP(w, req)
 	})
+}
+
+// Messages says what an HTTP request must say beside its action (check 10).
+// Match finds that for a request before its body is read; agrees compares the
+// body with an action whose signature verified. Both refuse with a *[Refusal].
+// Implementations are safe for concurrent use.
+type Messages interface {
+	Match(req *http.Request) (agrees func(a *scope.Action, body []byte) error, err error)
+}
+
+// match returns what compares a body with an action; nil where nothing does.
+func (r *Receiver) match(req *http.Request) (func(body []byte) func(*scope.Action) error, error) {
+	if r.c.Messages == nil {
+		return func([]byte) func(*scope.Action) error { return nil }, nil
+	}
+	agrees, err := r.c.Messages.Match(req)
+	return func(body []byte) func(*scope.Action) error {
+		return func(a *scope.Action) error { return agrees(a, body) }
+	}, err
 }
 
 // address is where a request comes from. What a proxy says wrongly is refused
@@ -84,7 +108,9 @@ func fail(w http.ResponseWriter, err error) {
 	}
 	status := http.StatusForbidden
 	switch r.Reason {
-	case ReasonForm, ReasonHeader:
+	case ReasonRoute:
+		status = http.StatusNotFound
+	case ReasonForm, ReasonHeader, ReasonRequest:
 		status = http.StatusBadRequest
 	case ReasonCertificate, ReasonExpired, ReasonRevoked, ReasonSignature, ReasonRequestSignature:
 		status = http.StatusUnauthorized

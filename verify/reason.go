@@ -22,6 +22,9 @@ const (
 	ReasonCounter     Reason = "counter"
 	ReasonStore       Reason = "replay_store"
 	ReasonBody        Reason = "body"
+	ReasonRequest     Reason = "request"
+	ReasonRoute       Reason = "route"
+	ReasonKind        Reason = "kind"
 	ReasonMismatch    Reason = "mismatch"
 	ReasonPolicy      Reason = "policy"
 	ReasonScope       Reason = "scope"
@@ -58,6 +61,9 @@ var Reasons = []struct {
 	{ReasonCounter, 8, "the action's counter was seen before, or is older than the window"},
 	{ReasonStore, 8, "the store of seen actions does not work"},
 	{ReasonBody, 9, "the message that arrived is not the one that was signed for"},
+	{ReasonRequest, 10, "the request has a query, a content coding, or a path in more than one spelling"},
+	{ReasonRoute, 10, "no route has this method and path"},
+	{ReasonKind, 10, "the route does not take actions of this kind"},
 	{ReasonMismatch, 10, "the message says something else than the action that was signed"},
 	{ReasonPolicy, 11, "the action was decided under another scope than the certificate's, or under a policy that is not known, not in force, or not inside the certificate"},
 	{ReasonScope, 12, "the action is outside the scope in the certificate, or outside the policy"},

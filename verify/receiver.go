@@ -45,6 +45,9 @@ type Config struct {
 	Policies Policies
 	// Kills says which agents are stopped; without it nobody is asked. See KillList.
 	Kills Kills
+	// Messages says which HTTP requests Middleware takes, and compares them with their
+	// actions; without it that is the caller's to do. See package verify/message.
+	Messages Messages
 	// Regions says where addresses are, for scopes with source_regions; without it
 	// those are refused. See source.Open.
 	Regions source.Regions
@@ -210,6 +213,9 @@ func (r *Receiver) VerifyArrival(ctx context.Context, compact []byte, arrived Ar
 	}
 	if arrived.Agrees != nil {
 		if err := arrived.Agrees(st.Action()); err != nil {
+			if refusal, ok := errors.AsType[*Refusal](err); ok {
+				return nil, refusal
+			}
 			return nil, refuse(ReasonMismatch, "%v", err)
 		}
 	}

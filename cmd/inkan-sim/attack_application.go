@@ -182,7 +182,7 @@ func (a *applied) meanings(ctx context.Context) error {
 		{"a limit order as the venue's market order", strings.Replace(venueOrder, `"limit"`, `"market"`, 1), nil},
 		{"immediate or cancel, which the message does not say", venueOrder, []string{`"TimeInForce":"0"`, `"TimeInForce":"3"`}},
 	} {
-		if err := a.gated(x.name, "message", func() (bool, string, error) {
+		if err := a.gated(x.name, "mismatch", func() (bool, string, error) {
 			jws, err := a.sign(ctx, x.body, x.changes...)
 			if err != nil {
 				return false, "", err
@@ -234,7 +234,7 @@ func (a *applied) injected(ctx context.Context) error {
 		{"pay the attacker", "signer", "allowed_actions", job{Action: payment, Body: venueOrder}},
 		{"sign these bytes", "signer", "form", job{Action: []byte(`{"digest":"AAAA"}`), Body: venueOrder}},
 		{"sign a small order, send a large one", "gate", "body", job{Action: rawOrder(), Body: venueOrder, Instead: large}},
-		{"sign a small order over a large one", "gate", "message", job{Action: rawOrder(), Body: large}},
+		{"sign a small order over a large one", "gate", "mismatch", job{Action: rawOrder(), Body: large}},
 		{"send without a signature", "gate", "form", job{Body: venueOrder}},
 		{"send another's signature", "gate", "peer", job{Body: venueOrder, Header: foreign}},
 		{"make up a signature", "gate", "header", job{Body: venueOrder, Header: "eyJhbGciOiJub25lIn0.e30."}},

@@ -18,6 +18,7 @@ import (
 	"inkan/internal/strictjson"
 	"inkan/verify"
 	"inkan/verify/gate"
+	"inkan/verify/message"
 	"inkan/verify/source"
 )
 
@@ -140,7 +141,7 @@ func (f *gateConfig) gate() (*gate.Config, error) {
 	if err != nil {
 		return nil, err
 	}
-	routes, err := gate.ParseRoutes(text)
+	routes, err := message.Parse(text)
 	if err != nil {
 		return nil, fmt.Errorf("%s: %w", f.Routes, err)
 	}

@@ -190,7 +190,7 @@ func TestGateCommand(t *testing.T) {
 	}{
 		"replayed":               {mine, good, body, `"reason":"replay"`},
 		"changed body":           {mine, signedFor(t, a, 2, body), larger, `"reason":"body"`},
-		"another order's digest": {mine, signedFor(t, a, 3, larger), larger, `"reason":"message"`},
+		"another order's digest": {mine, signedFor(t, a, 3, larger), larger, `"reason":"mismatch"`},
 		"no client certificate":  {nil, signedFor(t, a, 4, body), body, "certificate"},
 	} {
 		if status, text := post(c.certificates, c.jws, c.body); status == 200 || !strings.Contains(text, c.reason) {

@@ -51,7 +51,7 @@ func FIX(ctx context.Context, r *verify.Receiver, from netip.Addr, message []byt
 
 // Text accepts the text of a WebSocket message that arrived from an address, or says
 // why not; then the error is a *[verify.Refusal]. agrees compares the venue's own
-// message with the action (check 10 of docs/protocol.md), as gate.Route.Agrees does.
+// message with the action (check 10 of docs/protocol.md), as message.Route.Agrees does.
 func Text(ctx context.Context, r *verify.Receiver, from netip.Addr, text []byte, agrees func(a *scope.Action, message []byte) error) (*Accepted, error) {
 	f, err := ParseFrame(text)
 	if err != nil {

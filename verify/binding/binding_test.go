@@ -23,7 +23,7 @@ import (
 	"inkan/scope"
 	"inkan/verify"
 	"inkan/verify/binding"
-	"inkan/verify/gate"
+	"inkan/verify/message"
 )
 
 type vector struct {
@@ -356,7 +356,7 @@ func TestFIXAgrees(t *testing.T) {
 
 func TestText(t *testing.T) {
 	v := newVenue(t)
-	route := &gate.Route{Kinds: []scope.Kind{scope.OrderNew}, Body: map[string]gate.Member{"op": {Const: "order"}, "id": {Field: "ord.ClOrdID"}, "qty": {Field: "ord.OrderQty"}, "px": {Field: "ord.Price"}},
+	route := &message.Route{Kinds: []scope.Kind{scope.OrderNew}, Body: map[string]message.Member{"op": {Const: "order"}, "id": {Field: "ord.ClOrdID"}, "qty": {Field: "ord.OrderQty"}, "px": {Field: "ord.Price"}},
 		Implied: map[string]string{"ord.Account": "*", "ord.SecurityID": "*", "ord.SecurityIDSource": "4", "ord.Side": "1", "ord.OrdType": "2", "ord.Currency": "EUR", "ord.TimeInForce": "0"}}
 	accept := func(frame []byte) (*binding.Accepted, error) {
 		return binding.Text(context.Background(), v.receiver, netip.Addr{}, frame, route.Agrees)

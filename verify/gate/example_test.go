@@ -12,6 +12,7 @@ import (
 	"inkan/scope"
 	"inkan/verify"
 	"inkan/verify/gate"
+	"inkan/verify/message"
 )
 
 // A venue whose order entry takes JSON at POST /orders.
@@ -29,9 +30,9 @@ func Example() {
 			Revocation: &verify.CRL{Load: verify.HTTPLoader("http://issuer.example.org/crl"), MaxAge: time.Hour},
 			Replay:     seen,
 		},
-		Routes: []gate.Route{{
+		Routes: []message.Route{{
 			Method: "POST", Path: "/orders", Kinds: []scope.Kind{scope.OrderNew},
-			Body: map[string]gate.Member{
+			Body: map[string]message.Member{
 				"clientId": {Field: "ord.ClOrdID"},
 				"isin":     {Field: "ord.SecurityID"},
 				"side":     {Field: "ord.Side", Values: map[string]string{"buy": "1", "sell": "2"}},

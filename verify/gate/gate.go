@@ -9,20 +9,18 @@
 //
 // The backend believes those headers, so nobody but the gate may reach it.
 //
-// A request line is not signed. So only the requests that a [Route] describes
+// A request line is not signed. So only the requests that a [message.Route] describes
 // pass, without a query, and only the headers that are listed. The gate sees the
 // address of its TCP peer: put nothing that replaces addresses in front of it
 // if source networks are to count.
 package gate
 
 import (
-	"bytes"
 	"context"
 	"crypto/tls"
 	"crypto/x509"
 	"errors"
 	"fmt"
-	"io"
 	"log/slog"
 	"net/http"
 	"net/http/httputil"
@@ -31,6 +29,7 @@ import (
 	"time"
 
 	"inkan/verify"
+	"inkan/verify/message"
 )
 
 // Config says whom a gate lets through, and to where.
@@ -39,7 +38,7 @@ type Config struct {
 	// actions to the TLS peer before one is used up.
 	Receiver verify.Config
 	// Routes are the requests that pass; the first that matches counts.
-	Routes []Route
+	Routes message.Routes
 	// MaxBody bounds a request's body, in bytes; 64 KiB by default.
 	MaxBody int64
 	// Record, if not nil, keeps an accepted action before it is forwarded; if it
@@ -112,6 +111,7 @@ func New(c Config) (*Gate, error) {
 		g.headers = append(g.headers, verify.Header)
 	}
 	bound := c.Receiver
+	bound.Messages = c.Routes
 	bound.Revocation = peerBound{c.Receiver.Revocation}
 	receiver, err := verify.NewReceiver(bound)
 	if err != nil {
@@ -146,13 +146,15 @@ func (c *Config) complete() error {
 		return errors.New("Receiver.Revocation is missing: use verify.NoRevocation to go without")
 	case c.GetCertificate == nil:
 		return errors.New("GetCertificate is missing")
+	case c.Receiver.Messages != nil:
+		return errors.New("Receiver.Messages is set: Routes are what a gate compares messages by")
 	case c.Receiver.Forwarding != nil:
 		return errors.New("Receiver.Forwarding is set: the TLS client of a gate is the agent itself, so no proxy can stand between")
 	case len(c.Routes) == 0:
 		return errors.New("no route is given: nothing would pass")
 	}
 	for i := range c.Routes {
-		if err := c.Routes[i].validate(); err != nil {
+		if err := c.Routes[i].Validate(); err != nil {
 			return fmt.Errorf("route %s %s: %w", c.Routes[i].Method, c.Routes[i].Path, err)
 		}
 	}
@@ -170,8 +172,6 @@ func (c *Config) complete() error {
 // exchange is what a gate knows about one request.
 type exchange struct {
 	peer      *client
-	route     *Route
-	path      map[string]string // the route's fields as the request's path has them
 	compact   string
 	forwarded bool
 }
@@ -201,12 +201,7 @@ func (g *Gate) ServeHTTP(w http.ResponseWriter, req *http.Request) {
 		write(out, err)
 		return
 	}
-	// 3. What the signature does not cover has one form.
-	if x.route, x.path, err = g.match(req); err != nil {
-		write(out, err)
-		return
-	}
-	// 4. The signed action. The context carries the peer to peerBound.
+	// 3. The request and the signed action. The context carries the peer to peerBound.
 	x.compact = req.Header.Get(verify.Header)
 	g.checked.ServeHTTP(out, req.WithContext(context.WithValue(req.Context(), exchangeKey{}, x)))
 }
@@ -221,18 +216,7 @@ func (g *Gate) accepted(w http.ResponseWriter, req *http.Request) {
 		write(w, errors.New("no action was accepted")) // cannot be: the receiver calls this
 		return
 	}
-	// 5. The message is the action that was signed (check 10 of docs/protocol.md).
-	body, err := io.ReadAll(req.Body)
-	if err != nil {
-		write(w, err)
-		return
-	}
-	req.Body = io.NopCloser(bytes.NewReader(body))
-	if err := x.route.agrees(v.Action, x.path, body); err != nil {
-		write(w, err)
-		return
-	}
-	// 6. Kept before it is acted on.
+	// 4. Kept before it is acted on.
 	if g.c.Record != nil {
 		if err := g.c.Record(req.Context(), v, x.compact); err != nil {
 			g.log.ErrorContext(req.Context(), "recording failed", "action", v.Statement.ID, "error", err)
@@ -240,7 +224,7 @@ func (g *Gate) accepted(w http.ResponseWriter, req *http.Request) {
 			return
 		}
 	}
-	// 7. Forwarded. The action is used up, so it goes to the backend even if the
+	// 5. Forwarded. The action is used up, so it goes to the backend even if the
 	// client does not wait for the answer.
 	ctx, cancel := context.WithTimeout(context.WithoutCancel(req.Context()), g.c.BackendTimeout)
 	defer cancel()

@@ -33,6 +33,7 @@ import (
 	"inkan/scope"
 	"inkan/verify"
 	"inkan/verify/gate"
+	"inkan/verify/message"
 )
 
 const scopeJSON = `{"version":1,"allowed_actions":["order.new","order.cancel"],"allowed_instruments":[{"id":"isin:FR0000120271"}],"allowed_ord_types":["2"],"allowed_sides":["1"],"allowed_tif":["0"],"allowed_venues":["XPAR"],"max_order_notional":[{"amount":"25000","currency":"EUR"}]}`
@@ -79,11 +80,11 @@ func (l *lines) String() string {
 }
 
 // venueRoutes are those of a small venue: new orders as JSON, cancels by path.
-func venueRoutes() []gate.Route {
-	return []gate.Route{
+func venueRoutes() []message.Route {
+	return []message.Route{
 		{
 			Method: "POST", Path: "/orders", Kinds: []scope.Kind{scope.OrderNew},
-			Body: map[string]gate.Member{
+			Body: map[string]message.Member{
 				"clOrdId": {Field: "ord.ClOrdID"},
 				"symbol":  {Field: "ord.SecurityID"},
 				"side":    {Field: "ord.Side", Values: map[string]string{"buy": "1", "sell": "2"}},
@@ -338,7 +339,7 @@ func TestRefusals(t *testing.T) {
 		"form no action":   {change: func(r *http.Request) { r.Header.Del(verify.Header) }, status: 400},
 		"form two actions": {change: func(r *http.Request) { r.Header.Add(verify.Header, "a.b.c") }, status: 400},
 		"audience":         {action: func(st *scope.Statement) { st.Audience = "XLON" }},
-		"scope":            {action: func(st *scope.Statement) { st.Order.OrderQty = dec("501") }},
+		"scope":            {body: strings.Replace(goodBody, "100", "501", 1), action: func(st *scope.Statement) { st.Order.OrderQty = dec("501") }},
 		"body":             {action: func(st *scope.Statement) { st.Native.SHA256 = strings.Repeat("00", 32) }},
 		"body too large":   {site: func(_ *testing.T, s *site) { s.config.MaxBody = 10 }, status: 413},
 		"agent not listed": {site: func(_ *testing.T, s *site) {
@@ -368,9 +369,9 @@ func TestRefusals(t *testing.T) {
 		"route root":                   {path: "/", status: 404},
 		"kind":                         {action: cancelOf("A-1")},
 		"kind to an opaque route":      {path: "/opaque", action: cancelOf("A-1")},
-		"message of another cancel":    {method: "DELETE", path: "/orders/A-9", body: "-", action: cancelOf("A-1")},
-		"message cancel with a body":   {method: "DELETE", path: "/orders/A-1", body: "x", action: cancelOf("A-1")},
-		"message of another quantity":  {body: strings.Replace(goodBody, "100", "1000", 1)},
+		"mismatch of another cancel":   {method: "DELETE", path: "/orders/A-9", body: "-", action: cancelOf("A-1")},
+		"mismatch cancel with a body":  {method: "DELETE", path: "/orders/A-1", body: "x", action: cancelOf("A-1")},
+		"mismatch of another quantity": {body: strings.Replace(goodBody, "100", "1000", 1)},
 		"record":                       {site: func(_ *testing.T, s *site) { s.config.Record = failingRecord }, status: 503},
 		"peer one key for TLS as well": {site: oneKey},
 		"certificate_revoked by TLS": {site: func(_ *testing.T, s *site) {
@@ -562,7 +563,7 @@ func TestConcurrent(t *testing.T) {
 }
 
 func TestConfig(t *testing.T) {
-	route := func(change func(*gate.Route)) func(*gate.Config) {
+	route := func(change func(*message.Route)) func(*gate.Config) {
 		return func(c *gate.Config) {
 			c.Routes = venueRoutes()
 			change(&c.Routes[0])
@@ -577,6 +578,7 @@ func TestConfig(t *testing.T) {
 		"no replay store":             func(c *gate.Config) { c.Receiver.Replay = nil },
 		"client roots, no revocation": func(c *gate.Config) { c.ClientRoots = x509.NewCertPool() },
 		"no certificate":              func(c *gate.Config) { c.GetCertificate = nil },
+		"messages of another kind":    func(c *gate.Config) { c.Receiver.Messages = c.Routes },
 		"no routes":                   func(c *gate.Config) { c.Routes = nil },
 		"no trust domain":             func(c *gate.Config) { c.TrustDomain = "" },
 		"trust domain in capitals":    func(c *gate.Config) { c.TrustDomain = "Example.org" },
@@ -591,19 +593,19 @@ func TestConfig(t *testing.T) {
 		"header that is forwarded":    func(c *gate.Config) { c.Headers = []string{"X-Forwarded-For"} },
 		"header of the connection":    func(c *gate.Config) { c.Headers = []string{"upgrade"} },
 		"header of content coding":    func(c *gate.Config) { c.Headers = []string{"Content-Encoding"} },
-		"route without a method":      route(func(r *gate.Route) { r.Method = "" }),
-		"route with a small method":   route(func(r *gate.Route) { r.Method = "post" }),
-		"route with a relative path":  route(func(r *gate.Route) { r.Path = "orders" }),
-		"route with dots":             route(func(r *gate.Route) { r.Path = "/a/../b" }),
-		"route with an open brace":    route(func(r *gate.Route) { r.Path = "/{a" }),
-		"route with an empty field":   route(func(r *gate.Route) { r.Path = "/{}" }),
-		"route with a field twice":    route(func(r *gate.Route) { r.Path = "/{id}/{id}" }),
-		"route without kinds":         route(func(r *gate.Route) { r.Kinds = nil }),
-		"route of an unknown kind":    route(func(r *gate.Route) { r.Kinds = []scope.Kind{"order.any"} }),
-		"route opaque and described":  route(func(r *gate.Route) { r.Opaque = true }),
-		"member that says nothing":    route(func(r *gate.Route) { r.Body["x"] = gate.Member{} }),
-		"member that says two things": route(func(r *gate.Route) { r.Body["x"] = gate.Member{Const: "a", Free: true} }),
-		"member, values for no field": route(func(r *gate.Route) { r.Body["x"] = gate.Member{Free: true, Values: map[string]string{"a": "b"}} }),
+		"route without a method":      route(func(r *message.Route) { r.Method = "" }),
+		"route with a small method":   route(func(r *message.Route) { r.Method = "post" }),
+		"route with a relative path":  route(func(r *message.Route) { r.Path = "orders" }),
+		"route with dots":             route(func(r *message.Route) { r.Path = "/a/../b" }),
+		"route with an open brace":    route(func(r *message.Route) { r.Path = "/{a" }),
+		"route with an empty field":   route(func(r *message.Route) { r.Path = "/{}" }),
+		"route with a field twice":    route(func(r *message.Route) { r.Path = "/{id}/{id}" }),
+		"route without kinds":         route(func(r *message.Route) { r.Kinds = nil }),
+		"route of an unknown kind":    route(func(r *message.Route) { r.Kinds = []scope.Kind{"order.any"} }),
+		"route opaque and described":  route(func(r *message.Route) { r.Opaque = true }),
+		"member that says nothing":    route(func(r *message.Route) { r.Body["x"] = message.Member{} }),
+		"member that says two things": route(func(r *message.Route) { r.Body["x"] = message.Member{Const: "a", Free: true} }),
+		"member, values for no field": route(func(r *message.Route) { r.Body["x"] = message.Member{Free: true, Values: map[string]string{"a": "b"}} }),
 	} {
 		s := newSite(t)
 		change(&s.config)

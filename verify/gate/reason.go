@@ -16,11 +16,7 @@ const (
 	ReasonClient  verify.Reason = "client_certificate"
 	ReasonAgent   verify.Reason = "agent"
 	ReasonNetwork verify.Reason = "network"
-	ReasonRequest verify.Reason = "request"
-	ReasonRoute   verify.Reason = "route"
 	ReasonPeer    verify.Reason = "peer"
-	ReasonKind    verify.Reason = "kind"
-	ReasonMessage verify.Reason = "message"
 	ReasonRecord  verify.Reason = "record"
 	ReasonBackend verify.Reason = "backend"
 )
@@ -34,11 +30,7 @@ var Reasons = []struct {
 	{ReasonClient, http.StatusForbidden, "the TLS client certificate is missing, or is not that of an agent of the trust domain"},
 	{ReasonAgent, http.StatusForbidden, "the agent is not one that may come"},
 	{ReasonNetwork, http.StatusForbidden, "the agent may not come from this address"},
-	{ReasonRequest, http.StatusBadRequest, "the request has a query, a content coding, or a path in more than one spelling"},
-	{ReasonRoute, http.StatusNotFound, "no route has this method and path"},
 	{ReasonPeer, http.StatusForbidden, "the action is of another agent than the TLS connection, or both use one key"},
-	{ReasonKind, http.StatusForbidden, "the route does not take actions of this kind"},
-	{ReasonMessage, http.StatusForbidden, "the message says something else than the action that was signed"},
 	{ReasonRecord, http.StatusServiceUnavailable, "the accepted action could not be recorded"},
 	{ReasonBackend, http.StatusBadGateway, "the backend did not answer"},
 }

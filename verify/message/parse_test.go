@@ -1,4 +1,4 @@
-package gate
+package message
 
 import (
 	"os"
@@ -11,7 +11,7 @@ func TestParseRoutes(t *testing.T) {
 	if err != nil {
 		t.Fatal(err)
 	}
-	routes, err := ParseRoutes(b)
+	routes, err := Parse(b)
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -32,7 +32,7 @@ func TestParseRoutes(t *testing.T) {
 		if !strings.Contains(string(b), c.old) {
 			t.Fatalf("%s: the file has no %s", name, c.old)
 		}
-		if _, err := ParseRoutes([]byte(strings.Replace(string(b), c.old, c.new, 1))); err == nil || !strings.Contains(err.Error(), c.want) {
+		if _, err := Parse([]byte(strings.Replace(string(b), c.old, c.new, 1))); err == nil || !strings.Contains(err.Error(), c.want) {
 			t.Errorf("%s: %v, want %q", name, err, c.want)
 		}
 	}
@@ -48,7 +48,7 @@ func FuzzParseRoutes(f *testing.F) {
 	f.Add([]byte("- {method: GET, path: /, kinds: [order.new]}"))
 	a := testAction(f)
 	f.Fuzz(func(t *testing.T, b []byte) {
-		routes, err := ParseRoutes(b)
+		routes, err := Parse(b)
 		if err != nil {
 			return
 		}

@@ -1,4 +1,11 @@
-package gate
+// Package message compares a venue's own HTTP message with the action that was
+// signed for it (check 10 of docs/protocol.md): [Parse] reads what requests a venue
+// takes and how they say what an action says, and [Routes] is what a
+// [verify.Receiver] needs to hold requests to it.
+//
+// A request line is not signed. So only the requests that a [Route] describes
+// pass, and without a query.
+package message
 
 import (
 	"fmt"
@@ -9,6 +16,7 @@ import (
 	"strings"
 
 	"inkan/scope"
+	"inkan/verify"
 )
 
 // Route is a request that passes and what must be true of it. An action's
@@ -49,7 +57,8 @@ type Member struct {
 	Free bool `json:"free,omitempty"`
 }
 
-func (r *Route) validate() error {
+// Validate says what is wrong with a route.
+func (r *Route) Validate() error {
 	if r.Method == "" || strings.ToUpper(r.Method) != r.Method || r.Method == http.MethodConnect {
 		return fmt.Errorf("method %q: one such as POST is expected", r.Method)
 	}
@@ -101,29 +110,37 @@ func wildcard(segment string) (string, bool) {
 	return strings.CutSuffix(s, "}")
 }
 
-// match finds the route of a request, and the values that its path has for
-// fields.
-func (g *Gate) match(req *http.Request) (*Route, map[string]string, error) {
+// Routes are the requests that pass; the first that matches counts. They
+// implement [verify.Messages].
+type Routes []Route
+
+// Match finds the route of a request, and returns what compares its body with an
+// action. Its errors and those are *[verify.Refusal].
+func (routes Routes) Match(req *http.Request) (agrees func(a *scope.Action, body []byte) error, err error) {
 	if !plainURL(req.URL) {
-		return nil, nil, refuse(ReasonRequest, "a plain path without escapes and without a query is expected")
+		return nil, refuse(verify.ReasonRequest, "a plain path without escapes and without a query is expected")
 	}
 	if v := req.Header.Values("Content-Encoding"); len(v) > 0 {
-		return nil, nil, refuse(ReasonRequest, "a body without content coding is expected")
+		return nil, refuse(verify.ReasonRequest, "a body without content coding is expected")
 	}
-	for i := range g.c.Routes {
-		r := &g.c.Routes[i]
+	for i := range routes {
+		r := &routes[i]
 		path, ok := r.matches(req)
 		if !ok {
 			continue
 		}
 		if len(r.Body) > 0 {
 			if err := isJSON(req.Header.Values("Content-Type")); err != nil {
-				return nil, nil, err
+				return nil, err
 			}
 		}
-		return r, path, nil
+		return func(a *scope.Action, body []byte) error { return r.agrees(a, path, body) }, nil
 	}
-	return nil, nil, refuse(ReasonRoute, "no route takes %.16s %.80s", req.Method, req.URL.Path)
+	return nil, refuse(verify.ReasonRoute, "no route takes %.16s %.80s", req.Method, req.URL.Path)
+}
+
+func refuse(reason verify.Reason, format string, a ...any) error {
+	return &verify.Refusal{Reason: reason, Detail: fmt.Sprintf(format, a...)}
 }
 
 func (r *Route) matches(req *http.Request) (map[string]string, bool) {
@@ -165,8 +182,11 @@ func plainURL(u *url.URL) bool {
 	return true
 }
 
+// segmentCharacters are those that every reader of a path takes as they are.
+const segmentCharacters = "abcdefghijklmnopqrstuvwxyzABCDEFGHIJKLMNOPQRSTUVWXYZ0123456789.-_~:@"
+
 func plainSegment(s string) bool {
-	return s != "" && s != "." && s != ".." && strings.Trim(s, idCharacters+"~:@") == ""
+	return s != "" && s != "." && s != ".." && strings.Trim(s, segmentCharacters) == ""
 }
 
 // isJSON: one content type, so that no backend reads the body as something else.
@@ -178,5 +198,5 @@ func isJSON(values []string) error {
 			return nil
 		}
 	}
-	return refuse(ReasonRequest, "exactly one Content-Type application/json is expected")
+	return refuse(verify.ReasonRequest, "exactly one Content-Type application/json is expected")
 }

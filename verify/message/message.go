@@ -1,4 +1,4 @@
-package gate
+package message
 
 import (
 	"encoding/json"
@@ -8,12 +8,13 @@ import (
 
 	"inkan/internal/strictjson"
 	"inkan/scope"
+	"inkan/verify"
 )
 
 // agrees compares a message with the action that was signed for it.
 func (r *Route) agrees(a *scope.Action, path map[string]string, body []byte) error {
 	if !slices.Contains(r.Kinds, a.Kind) {
-		return refuse(ReasonKind, "%s %s does not take %s", r.Method, r.Path, a.Kind)
+		return refuse(verify.ReasonKind, "%s %s does not take %s", r.Method, r.Path, a.Kind)
 	}
 	fields, err := fieldsOf(a)
 	if err != nil {
@@ -22,7 +23,7 @@ func (r *Route) agrees(a *scope.Action, path map[string]string, body []byte) err
 	said := make(map[string]bool)
 	for field, value := range path {
 		if fields[field] != value {
-			return refuse(ReasonMessage, "the path has %.64q for %s, the action has %q", value, field, fields[field])
+			return refuse(verify.ReasonMismatch, "the path has %.64q for %s, the action has %q", value, field, fields[field])
 		}
 		said[field] = true
 	}
@@ -31,7 +32,7 @@ func (r *Route) agrees(a *scope.Action, path map[string]string, body []byte) err
 	}
 	for field, value := range r.Implied {
 		if got, ok := fields[field]; value != "*" && (!ok || got != value) {
-			return refuse(ReasonMessage, "this message means %s %q, the action has %q", field, value, got)
+			return refuse(verify.ReasonMismatch, "this message means %s %q, the action has %q", field, value, got)
 		}
 		said[field] = true
 	}
@@ -40,7 +41,7 @@ func (r *Route) agrees(a *scope.Action, path map[string]string, body []byte) err
 	}
 	for _, field := range slices.Sorted(maps.Keys(fields)) {
 		if !said[field] && (strings.HasPrefix(field, "ord.") || strings.HasPrefix(field, "pay.")) {
-			return refuse(ReasonMessage, "the action has %s, the message does not say it", field)
+			return refuse(verify.ReasonMismatch, "the action has %s, the message does not say it", field)
 		}
 	}
 	return nil
@@ -49,46 +50,46 @@ func (r *Route) agrees(a *scope.Action, path map[string]string, body []byte) err
 func (r *Route) compareBody(body []byte, fields map[string]string, said map[string]bool) error {
 	if len(r.Body) == 0 {
 		if len(body) > 0 {
-			return refuse(ReasonMessage, "a request without a body is expected")
+			return refuse(verify.ReasonMismatch, "a request without a body is expected")
 		}
 		return nil
 	}
 	var members map[string]json.RawMessage
 	if err := strictjson.Unmarshal(body, len(body), &members); err != nil {
-		return refuse(ReasonMessage, "the body: %v", err)
+		return refuse(verify.ReasonMismatch, "the body: %v", err)
 	}
 	for _, name := range slices.Sorted(maps.Keys(members)) {
 		m, ok := r.Body[name]
 		if !ok {
-			return refuse(ReasonMessage, "the body has %.64q, which this route does not know", name)
+			return refuse(verify.ReasonMismatch, "the body has %.64q, which this route does not know", name)
 		}
 		if m.Free {
 			continue
 		}
 		text, ok := scalar(members[name])
 		if !ok {
-			return refuse(ReasonMessage, "%q in the body is not a text, a number or a boolean", name)
+			return refuse(verify.ReasonMismatch, "%q in the body is not a text, a number or a boolean", name)
 		}
 		if m.Field == "" {
 			if text != m.Const {
-				return refuse(ReasonMessage, "%q in the body is %.64q, %q is expected", name, text, m.Const)
+				return refuse(verify.ReasonMismatch, "%q in the body is %.64q, %q is expected", name, text, m.Const)
 			}
 			continue
 		}
 		word := text
 		if m.Values != nil {
 			if word, ok = m.Values[text]; !ok {
-				return refuse(ReasonMessage, "%q in the body is %.64q, one of %q is expected", name, text, slices.Sorted(maps.Keys(m.Values)))
+				return refuse(verify.ReasonMismatch, "%q in the body is %.64q, one of %q is expected", name, text, slices.Sorted(maps.Keys(m.Values)))
 			}
 		}
 		if got, ok := fields[m.Field]; !ok || got != word {
-			return refuse(ReasonMessage, "%q in the body is %.64q, the action's %s is %q", name, text, m.Field, got)
+			return refuse(verify.ReasonMismatch, "%q in the body is %.64q, the action's %s is %q", name, text, m.Field, got)
 		}
 		said[m.Field] = true
 	}
 	for name, m := range r.Body {
 		if _, ok := members[name]; m.Const != "" && !ok {
-			return refuse(ReasonMessage, "the body lacks %q, %q is expected", name, m.Const)
+			return refuse(verify.ReasonMismatch, "the body lacks %q, %q is expected", name, m.Const)
 		}
 	}
 	return nil
