@@ -36,12 +36,13 @@ var allowed = map[string][]string{
 	"internal/keyuri":     {"hsm", "tpm"},
 	"internal/postgres":   {"github.com/jackc/pgx/v5"},
 	"internal/problem":    {"internal/strictjson"},
+	"internal/sources":    {"golang.org/x/time"},
 	"internal/strictjson": {"github.com/go-json-experiment/json", "go.yaml.in/yaml/v3"},
 	"internal/testca":     {"internal/certext"},
 	"issuer":              {"attest", "scope", "verify/source", "internal/certext", "internal/durable", "internal/problem", "internal/strictjson", "golang.org/x/crypto", "golang.org/x/time", "modernc.org/sqlite", "github.com/prometheus/client_golang"},
 	"journal":             {"attest", "internal/strictjson", "golang.org/x/sys"},
 	"scope":               {"internal/jws", "internal/strictjson", "github.com/holiman/uint256"},
-	"signer":              {"approver/client", "audit", "scope", "internal/clock", "internal/caller", "internal/certext", "internal/durable", "internal/jws", "internal/problem", "internal/strictjson", "github.com/coreos/go-systemd/v22", "github.com/prometheus/client_golang", "golang.org/x/sys", "golang.org/x/time", "github.com/go-jose/go-jose/v4", "github.com/spiffe/go-spiffe/v2"},
+	"signer":              {"internal/sources", "approver/client", "audit", "scope", "internal/clock", "internal/caller", "internal/certext", "internal/durable", "internal/jws", "internal/problem", "internal/strictjson", "github.com/coreos/go-systemd/v22", "github.com/prometheus/client_golang", "golang.org/x/sys", "golang.org/x/time", "github.com/go-jose/go-jose/v4", "github.com/spiffe/go-spiffe/v2"},
 	"signer/client":       {"scope", "internal/problem", "internal/strictjson"},
 	"simulator":           {},
 	"tpm":                 {"attest", "github.com/foxboron/go-tpm-keyfiles", "github.com/google/go-tpm"},
@@ -52,7 +53,7 @@ var allowed = map[string][]string{
 	"wire":                {"hsm", "scope", "tpm", "internal/certext", "internal/httpsig", "internal/jws", "internal/keyuri"},
 	"wire/proxy":          {"scope", "wire", "internal/caller", "internal/problem", "internal/strictjson", "github.com/prometheus/client_golang"},
 	"verify/binding":      {"scope", "verify", "internal/strictjson"},
-	"verify/gate":         {"verify", "verify/message", "internal/problem"},
+	"verify/gate":         {"verify", "verify/message", "internal/problem", "internal/sources", "golang.org/x/time", "github.com/prometheus/client_golang"},
 }
 
 type listed struct {

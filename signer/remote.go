@@ -17,12 +17,17 @@ import (
 	"syscall"
 	"time"
 
+	"github.com/prometheus/client_golang/prometheus"
 	"github.com/spiffe/go-spiffe/v2/bundle/spiffebundle"
 	"github.com/spiffe/go-spiffe/v2/bundle/x509bundle"
 	"github.com/spiffe/go-spiffe/v2/spiffeid"
 	"github.com/spiffe/go-spiffe/v2/svid/jwtsvid"
 	"github.com/spiffe/go-spiffe/v2/svid/x509svid"
+
+	"inkan/internal/sources"
 )
+
+var errTooFast = errors.New("too many requests from this address")
 
 // RemoteConfig lets agents on other hosts call the signer over TLS 1.3. They
 // are workloads with a SPIFFE ID, shown by an X.509-SVID or, where a caller is
@@ -107,17 +112,19 @@ func within(networks []netip.Prefix, a netip.Addr) bool {
 
 // remote is the signer's service for agents on other hosts.
 type remote struct {
-	config *RemoteConfig
-	agents []AgentConfig
-	log    *slog.Logger
-	gate   *sourceGate
-	bundle authorities
-	server serverCertificate
+	config  *RemoteConfig
+	agents  []AgentConfig
+	log     *slog.Logger
+	gate    *sources.Gate
+	refused *prometheus.CounterVec // connections, by why
+	bundle  authorities
+	server  serverCertificate
 }
 
 func newRemote(c *Config, log *slog.Logger) (*remote, error) {
-	r := &remote{config: c.Remote, agents: c.Agents, log: log, gate: newSourceGate(c.Remote),
-		bundle: authorities{path: c.Remote.Bundle, domain: c.Remote.domain}, server: serverCertificate{certificate: c.Remote.Certificate, key: c.Remote.Key}}
+	r := &remote{config: c.Remote, agents: c.Agents, log: log, gate: sources.New(sources.Limits{Connections: c.Remote.MaxConnections, ConnectionsPerHost: c.Remote.ConnectionsPerHost, HandshakesPerSecond: c.Remote.HandshakesPerSecond, RequestsPerSecond: c.Remote.RequestsPerSecond}),
+		refused: prometheus.NewCounterVec(prometheus.CounterOpts{Name: "inkan_signer_remote_refused_total", Help: "connections from other hosts that were turned away before their handshake"}, []string{"why"}),
+		bundle:  authorities{path: c.Remote.Bundle, domain: c.Remote.domain}, server: serverCertificate{certificate: c.Remote.Certificate, key: c.Remote.Key}}
 	if _, _, err := r.bundle.current(); err != nil {
 		return nil, err
 	}
@@ -175,7 +182,7 @@ func (r *remote) verify(chain []*x509.Certificate) (spiffeid.ID, error) {
 // remoteConn is what is known of a connection from another host.
 type remoteConn struct {
 	address netip.Addr
-	gate    *sourceGate
+	gate    *sources.Gate
 
 	mu       sync.Mutex
 	verified int // generation of the bundle that the certificate was last verified with
@@ -186,7 +193,7 @@ type remoteKey struct{}
 
 // agentOf authenticates a request (step 1): by the connection's certificate, else by a JWT-SVID.
 func (r *remote) agentOf(req *http.Request, c *remoteConn) (string, error) {
-	if !c.gate.request(c.address) {
+	if !c.gate.Request(c.address) {
 		return "", errTooFast
 	}
 	var id spiffeid.ID
@@ -392,7 +399,7 @@ type gatedConn struct {
 }
 
 func (c *gatedConn) Close() error {
-	c.once.Do(func() { c.info.gate.leave(c.info.address) })
+	c.once.Do(func() { c.info.gate.Leave(c.info.address) })
 	return c.Conn.Close()
 }
 
@@ -407,11 +414,11 @@ func (l *gatedListener) Accept() (net.Conn, error) {
 		switch {
 		case err != nil:
 		case !l.remote.mayCall(address):
-			l.remote.gate.refused.WithLabelValues("network").Inc()
-		case l.remote.gate.enter(address):
+			l.remote.refused.WithLabelValues("network").Inc()
+		case l.remote.gate.Enter(address):
 			return &gatedConn{Conn: c, info: &remoteConn{address: address, gate: l.remote.gate}}, nil
 		default:
-			l.remote.gate.refused.WithLabelValues("rate").Inc()
+			l.remote.refused.WithLabelValues("rate").Inc()
 		}
 		_ = c.Close() // it was never used
 	}

@@ -82,7 +82,7 @@ func Open(ctx context.Context, c *Config, credentials map[string]Credentials, re
 		if s.remote, err = newRemote(c, log); err != nil {
 			return nil, err
 		}
-		s.metrics.registry.MustRegister(s.remote.gate.refused)
+		s.metrics.registry.MustRegister(s.remote.refused)
 	}
 	if err := os.MkdirAll(c.StateDir, 0o700); err != nil {
 		return nil, err

@@ -11,9 +11,10 @@ import (
 	"inkan/simulator"
 )
 
-// TestMain lets the test binary be the worker of a PKCS#11 module.
+// TestMain lets the test binary be the worker of a PKCS#11 module, and a daemon
+// that confines itself.
 func TestMain(m *testing.M) {
-	if len(os.Args) == 2 && os.Args[1] == "hsm-worker" {
+	if len(os.Args) == 2 && os.Args[1] == "hsm-worker" || os.Getenv("INKAN_TEST_COMMAND") != "" {
 		main()
 		return
 	}

@@ -1,32 +1,43 @@
 package main
 
 import (
+	"crypto"
 	"crypto/tls"
+	"crypto/x509"
+	"encoding/pem"
 	"errors"
 	"fmt"
+	"io"
+	"log/slog"
 	"net"
+	"net/http"
 	"net/netip"
 	"net/url"
 	"os"
 	"path/filepath"
+	"slices"
 	"strings"
 	"time"
 
-	"github.com/coreos/go-systemd/v22/daemon"
 	"github.com/urfave/cli/v2"
 
+	"inkan/confine"
+	"inkan/hsm"
+	"inkan/internal/keyuri"
+	"inkan/internal/postgres"
 	"inkan/internal/strictjson"
 	"inkan/verify"
 	"inkan/verify/gate"
 	"inkan/verify/message"
 	"inkan/verify/source"
+	"inkan/wire/proxy"
 )
 
 // gateConfig is a gate's configuration file.
 type gateConfig struct {
 	Listen           string              `json:"listen"`                            // host:port
 	Certificate      string              `json:"certificate"`                       // PEM file, leaf first; read anew at each handshake
-	Key              string              `json:"key"`                               // PEM file
+	Key              string              `json:"key"`                               // PEM file, or URI of a key in a device: tpm: or pkcs11:
 	CA               string              `json:"ca"`                                // PEM file with the issuer's CA certificate
 	TrustDomain      string              `json:"trust_domain"`                      // of the agents' SPIFFE IDs
 	Audience         []string            `json:"audience"`                          // who this venue is
@@ -43,6 +54,22 @@ type gateConfig struct {
 	Policies         string              `json:"policies,omitempty"`                // directory with policies, or base URL: docs/controls.md; without it actions under a policy are refused
 	Kills            string              `json:"kills_url,omitempty"`               // the issuer's kill list; without it nobody is asked
 	MaxKillAge       string              `json:"max_kill_age,omitempty"`            // 1m by default
+	Limits           gateLimits          `json:"limits,omitzero"`
+	MetricsListen    string              `json:"metrics_listen,omitempty"` // host:port of metrics and health; empty: none
+	Sandbox          proxy.Sandbox       `json:"sandbox,omitzero"`         // what the process keeps beyond what the rest shows it to need
+
+	signer crypto.Signer // the key, where it is in a device
+	closer io.Closer
+}
+
+// gateLimits are gate.Limits in a configuration file; 0 is the default.
+type gateLimits struct {
+	Connections             int `json:"connections,omitzero"`
+	ConnectionsPerHost      int `json:"connections_per_host,omitzero"`
+	HandshakesPerSecond     int `json:"handshakes_per_second,omitzero"`
+	RequestsPerSecond       int `json:"requests_per_second,omitzero"`
+	AgentRequestsPerSecond  int `json:"agent_requests_per_second,omitzero"`
+	ConcurrentVerifications int `json:"concurrent_verifications,omitzero"`
 }
 
 func gateCommand(e *env) *cli.Command {
@@ -53,37 +80,56 @@ func gateCommand(e *env) *cli.Command {
 		Subcommands: []*cli.Command{
 			{Name: "serve", Usage: "serve until interrupted", Flags: config, Action: func(c *cli.Context) error { return gateServe(e, c) }},
 			{Name: "check", Usage: "check a configuration file and its routes", Flags: config, Action: func(c *cli.Context) error {
-				_, _, closer, err := readGate(e, c)
+				g, err := readGate(e, c)
 				if err != nil {
 					return err
 				}
 				e.printf("the configuration is valid\n")
-				return closer()
+				return g.close()
 			}},
 		},
 	}
 }
 
-// readGate makes a gate of the configuration file. closer closes its replay store.
-func readGate(e *env, c *cli.Context) (g *gate.Gate, listen string, closer func() error, err error) {
+// openGate is a gate with its store and its key.
+type openGate struct {
+	*gate.Gate
+	config *gateConfig
+	store  *verify.SQLStore
+	log    *slog.Logger
+}
+
+func (g *openGate) close() error {
+	err := g.store.Close()
+	if g.config.closer != nil {
+		err = errors.Join(err, g.config.closer.Close())
+	}
+	return err
+}
+
+// readGate makes a gate of the configuration file. Close it.
+func readGate(e *env, c *cli.Context) (*openGate, error) {
 	path, err := filepath.Abs(c.String("config"))
 	if err != nil {
-		return nil, "", nil, err
+		return nil, err
 	}
 	b, err := os.ReadFile(path)
 	if err != nil {
-		return nil, "", nil, err
+		return nil, err
 	}
 	var f gateConfig
 	if err := strictjson.UnmarshalYAML(b, 256<<10, &f); err != nil {
-		return nil, "", nil, fmt.Errorf("%s: %w", path, err)
+		return nil, fmt.Errorf("%s: %w", path, err)
 	}
 	for name, v := range map[string]string{"listen": f.Listen, "certificate": f.Certificate, "key": f.Key, "ca": f.CA, "crl_url": f.CRL, "replay_db": f.ReplayDB, "backend": f.Backend, "routes": f.Routes} {
 		if v == "" {
-			return nil, "", nil, fmt.Errorf("%s: %s is missing", path, name)
+			return nil, fmt.Errorf("%s: %s is missing", path, name)
 		}
 	}
-	for _, p := range []*string{&f.Certificate, &f.Key, &f.CA, &f.Routes, &f.Regions} {
+	if !f.inDevice() && !filepath.IsAbs(f.Key) {
+		f.Key = filepath.Join(filepath.Dir(path), f.Key)
+	}
+	for _, p := range []*string{&f.Certificate, &f.CA, &f.Routes, &f.Regions} {
 		if *p != "" && !filepath.IsAbs(*p) {
 			*p = filepath.Join(filepath.Dir(path), *p)
 		}
@@ -93,17 +139,50 @@ func readGate(e *env, c *cli.Context) (g *gate.Gate, listen string, closer func(
 	}
 	config, err := f.gate()
 	if err != nil {
-		return nil, "", nil, fmt.Errorf("%s: %w", path, err)
+		return nil, fmt.Errorf("%s: %w", path, err)
 	}
 	store, err := openReplay(c.Context, "replay_db", f.ReplayDB, f.ReplayPassword, filepath.Dir(path))
 	if err != nil {
-		return nil, "", nil, err
+		return nil, err
 	}
-	config.Receiver.Replay, config.Log = store, logger(e)
-	if g, err = gate.New(*config); err != nil {
-		return nil, "", nil, errors.Join(fmt.Errorf("%s: %w", path, err), store.Close())
+	log := logger(e)
+	config.Receiver.Replay, config.Log = store, log
+	g, err := gate.New(*config)
+	if err != nil {
+		return nil, errors.Join(fmt.Errorf("%s: %w", path, err), store.Close())
 	}
-	return g, f.Listen, store.Close, nil
+	return &openGate{g, &f, store, log}, nil
+}
+
+// inDevice: the key is named by a URI, and not by a path.
+func (f *gateConfig) inDevice() bool {
+	return strings.HasPrefix(f.Key, "tpm:") || strings.HasPrefix(f.Key, "pkcs11:")
+}
+
+// certificate reads the gate's own certificate, with its key.
+func (f *gateConfig) certificate() (*tls.Certificate, error) {
+	if !f.inDevice() {
+		pair, err := tls.LoadX509KeyPair(f.Certificate, f.Key)
+		return &pair, err
+	}
+	b, err := os.ReadFile(f.Certificate)
+	if err != nil {
+		return nil, err
+	}
+	out := &tls.Certificate{PrivateKey: f.signer}
+	for block, rest := pem.Decode(b); block != nil; block, rest = pem.Decode(rest) {
+		out.Certificate = append(out.Certificate, block.Bytes)
+	}
+	if len(out.Certificate) == 0 {
+		return nil, fmt.Errorf("%s has no certificate in PEM", f.Certificate)
+	}
+	if out.Leaf, err = x509.ParseCertificate(out.Certificate[0]); err != nil {
+		return nil, fmt.Errorf("%s: %w", f.Certificate, err)
+	}
+	if k, ok := f.signer.Public().(interface{ Equal(crypto.PublicKey) bool }); !ok || !k.Equal(out.Leaf.PublicKey) {
+		return nil, fmt.Errorf("%s is not for the key", f.Certificate)
+	}
+	return out, nil
 }
 
 func (f *gateConfig) gate() (*gate.Config, error) {
@@ -125,12 +204,16 @@ func (f *gateConfig) gate() (*gate.Config, error) {
 	if err != nil {
 		return nil, err
 	}
-	if fi, err := os.Stat(f.Key); err != nil {
+	if f.inDevice() {
+		if f.signer, f.closer, err = keyuri.Open(f.Key); err != nil {
+			return nil, err
+		}
+	} else if fi, err := os.Stat(f.Key); err != nil {
 		return nil, err
 	} else if fi.Mode().Perm()&0o077 != 0 {
 		return nil, fmt.Errorf("key %s: others may read it (mode %04o): chmod 600", f.Key, fi.Mode().Perm())
 	}
-	if _, err := tls.LoadX509KeyPair(f.Certificate, f.Key); err != nil {
+	if _, err := f.certificate(); err != nil {
 		return nil, err
 	}
 	backend, err := url.Parse(f.Backend)
@@ -148,10 +231,8 @@ func (f *gateConfig) gate() (*gate.Config, error) {
 	config := &gate.Config{
 		Receiver: verify.Config{Audiences: f.Audience, Roots: roots, Revocation: &verify.CRL{Load: verify.HTTPLoader(f.CRL), MaxAge: age, Reload: reload}},
 		Routes:   routes, TrustDomain: f.TrustDomain, Backend: backend,
-		GetCertificate: func(*tls.ClientHelloInfo) (*tls.Certificate, error) {
-			pair, err := tls.LoadX509KeyPair(f.Certificate, f.Key)
-			return &pair, err
-		},
+		GetCertificate: func(*tls.ClientHelloInfo) (*tls.Certificate, error) { return f.certificate() },
+		Limits:         gate.Limits(f.Limits),
 	}
 	switch f.RequestSignature {
 	case "":
@@ -191,18 +272,100 @@ func (f *gateConfig) gate() (*gate.Config, error) {
 	return config, nil
 }
 
+// confine leaves the process what it needs from here on.
+func (g *openGate) confine(dir string) error {
+	f := g.config
+	var s sandbox
+	s.room = confine.Room{Read: slices.Clone(f.Sandbox.Read), Write: slices.Clone(f.Sandbox.Write), Unix: slices.Clone(f.Sandbox.Unix), Ports: slices.Clone(f.Sandbox.Ports)}
+	for _, part := range f.Sandbox.Optional {
+		s.room.Optional = append(s.room.Optional, confine.Part(part))
+	}
+	// Files that are replaced as a whole are found by their directories.
+	s.room.Read = append(s.room.Read, filepath.Dir(f.Certificate))
+	s.room.Read = append(s.room.Read, existing("/etc/ssl", "/usr/share/ca-certificates", "/usr/local/share/ca-certificates")...) // for a backend by https
+	if f.Regions != "" {
+		s.room.Read = append(s.room.Read, filepath.Dir(f.Regions))
+	}
+	if !f.inDevice() {
+		s.room.Read = append(s.room.Read, filepath.Dir(f.Key))
+	} else if err := s.mayUseKey(f.Key); err != nil {
+		return err
+	}
+	urls := []string{f.CRL, f.Backend}
+	if postgres.IsURL(f.ReplayDB) {
+		urls = append(urls, f.ReplayDB)
+		if f.ReplayPassword != "" {
+			s.room.Read = append(s.room.Read, filepath.Dir(absolute(dir, f.ReplayPassword)))
+		}
+	} else {
+		s.room.Write = append(s.room.Write, filepath.Dir(absolute(dir, f.ReplayDB)))
+	}
+	if f.Kills != "" {
+		urls = append(urls, f.Kills)
+	}
+	if strings.Contains(f.Policies, "://") {
+		urls = append(urls, f.Policies)
+	} else if f.Policies != "" {
+		s.room.Read = append(s.room.Read, f.Policies)
+	}
+	for _, text := range urls {
+		if err := s.mayReach(text); err != nil {
+			return err
+		}
+	}
+	if t, ok := f.closer.(*hsm.Token); ok {
+		t.EndWorker()
+		defer func() { _ = t.StartWorker() }() // the next handshake says why, if it does not start
+	}
+	return s.enter(g.log)
+}
+
+func absolute(dir, path string) string {
+	if filepath.IsAbs(path) {
+		return path
+	}
+	return filepath.Join(dir, path)
+}
+
 func gateServe(e *env, c *cli.Context) error {
-	g, address, closer, err := readGate(e, c)
+	g, err := readGate(e, c)
 	if err != nil {
 		return err
 	}
-	l, err := net.Listen("tcp", address)
+	path, err := filepath.Abs(c.String("config"))
 	if err != nil {
-		return errors.Join(err, closer())
+		return errors.Join(err, g.close())
 	}
-	if err := e.printJSON(map[string]string{"address": l.Addr().String()}); err != nil {
-		return errors.Join(err, l.Close(), closer())
+	l, err := net.Listen("tcp", g.config.Listen)
+	if err != nil {
+		return errors.Join(err, g.close())
 	}
-	_, _ = daemon.SdNotify(false, daemon.SdNotifyReady) // without systemd there is nobody to tell
-	return errors.Join(g.Serve(interrupted(c), l), closer())
+	var watched net.Listener
+	if g.config.MetricsListen != "" {
+		if watched, err = net.Listen("tcp", g.config.MetricsListen); err != nil {
+			return errors.Join(fmt.Errorf("metrics_listen: %w", err), l.Close(), g.close())
+		}
+	}
+	systemd := newNotifier()
+	if err := g.confine(filepath.Dir(path)); err != nil {
+		return errors.Join(err, l.Close(), g.close())
+	}
+	addresses := map[string]string{"address": l.Addr().String()}
+	if watched != nil {
+		addresses["metrics"] = watched.Addr().String()
+		m := &http.Server{Handler: g.Observability(), ReadHeaderTimeout: 10 * time.Second}
+		defer m.Close()
+		go func() {
+			if err := m.Serve(watched); !errors.Is(err, http.ErrServerClosed) {
+				g.log.Error("metrics are not served", "error", err)
+			}
+		}()
+	}
+	if err := e.printJSON(addresses); err != nil {
+		return errors.Join(err, l.Close(), g.close())
+	}
+	systemd.ready()
+	err = g.Serve(interrupted(c), l)
+	systemd.stopping()
+	return errors.Join(err, g.close())
 }

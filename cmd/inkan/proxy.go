@@ -233,7 +233,11 @@ func proxyServe(e *env, c *cli.Context) error {
 	if err := p.confine(); err != nil {
 		return errors.Join(err, p.close())
 	}
-	if err := e.printJSON(map[string]any{"listeners": list}); err != nil {
+	ready := map[string]any{"listeners": list}
+	if p.watched != nil {
+		ready["metrics"] = p.watched.Addr().String()
+	}
+	if err := e.printJSON(ready); err != nil {
 		return errors.Join(err, p.close())
 	}
 	systemd.ready()

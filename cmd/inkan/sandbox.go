@@ -3,14 +3,16 @@ package main
 import (
 	"context"
 	"errors"
+	"fmt"
 	"io/fs"
 	"log/slog"
 	"net"
 	"net/netip"
+	"net/url"
 	"os"
 	"path/filepath"
-	"runtime"
 	"slices"
+	"strconv"
 	"strings"
 
 	"github.com/coreos/go-systemd/v22/daemon"
@@ -28,6 +30,29 @@ type sandbox struct {
 // mayConnect lets it connect to a host and port.
 func (s *sandbox) mayConnect(host string, port uint16) {
 	s.hosts, s.room.Ports = append(s.hosts, host), append(s.room.Ports, port)
+}
+
+// mayReach lets it connect to where a URL leads; without a host, to a unix
+// socket's directory that the parameter host names.
+func (s *sandbox) mayReach(text string) error {
+	u, err := url.Parse(text)
+	if err != nil {
+		return err
+	}
+	if dir := u.Query().Get("host"); u.Hostname() == "" && filepath.IsAbs(dir) {
+		s.room.Unix = append(s.room.Unix, dir)
+		return nil
+	}
+	number := u.Port()
+	if number == "" {
+		number = map[string]string{"http": "80", "https": "443", "postgres": "5432", "postgresql": "5432"}[u.Scheme]
+	}
+	n, err := strconv.ParseUint(number, 10, 16)
+	if err != nil || u.Hostname() == "" {
+		return fmt.Errorf("%.64q has no host and port to connect to", u.Redacted())
+	}
+	s.mayConnect(u.Hostname(), uint16(n))
+	return nil
 }
 
 // mayUseKey lets it use the device of a key that a URI names.
@@ -99,7 +124,7 @@ func (s *sandbox) enter(log *slog.Logger) error {
 		}
 		return err
 	}
-	log.Info("confined", "landlock_abi", confine.ABI(), "unenforced", unenforced, "ports", s.room.Ports, "read", s.room.Read, "write", s.room.Write, "execute", s.room.Execute, "go", runtime.Version())
+	log.Info("confined", "landlock_abi", confine.ABI(), "unenforced", unenforced, "ports", s.room.Ports, "read", s.room.Read, "write", s.room.Write, "execute", s.room.Execute)
 	return nil
 }
 
@@ -128,6 +153,3 @@ func (n *notifier) tell(state string) {
 		_, _ = n.conn.Write([]byte(state)) // the daemon does not depend on it
 	}
 }
-
-// directoryOf is the directory of a file that is replaced as a whole now and then.
-func directoryOf(path string) string { return filepath.Dir(path) }

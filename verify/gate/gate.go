@@ -26,6 +26,7 @@ import (
 	"net/http/httputil"
 	"net/netip"
 	"net/url"
+	"sync"
 	"time"
 
 	"inkan/verify"
@@ -76,6 +77,9 @@ type Config struct {
 	// keeps it; it takes some kilobytes.
 	ForwardAction bool
 
+	// Limits bound connections and requests before they are checked.
+	Limits Limits
+
 	// Log gets a line for each request; nil is silence.
 	Log *slog.Logger
 }
@@ -89,6 +93,8 @@ type Gate struct {
 	checked http.Handler // receiver, then accepted
 	proxy   *httputil.ReverseProxy
 	log     *slog.Logger
+	limiter *limiter
+	metrics *metrics
 }
 
 // New checks a configuration and makes a gate of it.
@@ -96,7 +102,7 @@ func New(c Config) (*Gate, error) {
 	if err := c.complete(); err != nil {
 		return nil, fmt.Errorf("gate: %w", err)
 	}
-	g := &Gate{c: c, now: c.Receiver.Now, log: c.Log}
+	g := &Gate{c: c, now: c.Receiver.Now, log: c.Log, limiter: newLimiter(c.Limits), metrics: newMetrics()}
 	if g.now == nil {
 		g.now = time.Now
 	}
@@ -174,6 +180,7 @@ type exchange struct {
 	peer      *client
 	compact   string
 	forwarded bool
+	checked   func() // gives back the place for checking
 }
 
 type exchangeKey struct{}
@@ -188,6 +195,21 @@ func (g *Gate) ServeHTTP(w http.ResponseWriter, req *http.Request) {
 	x := &exchange{}
 	out := &response{ResponseWriter: w}
 	defer g.report(req, x, out, time.Now()) // also when the proxy aborts
+
+	// 0. Not more than it may send: before anything that costs more than to say so.
+	if err := g.limiter.admit(req); err != nil {
+		out.Header().Set("Retry-After", "1")
+		write(out, err)
+		return
+	}
+	if err := g.limiter.take(); err != nil {
+		out.Header().Set("Retry-After", "1")
+		write(out, err)
+		return
+	}
+	checking := sync.OnceFunc(g.limiter.give)
+	defer checking()
+	x.checked = checking
 
 	// 1. The client's certificate, again at each request: a connection outlives
 	// a revocation.
@@ -229,5 +251,6 @@ func (g *Gate) accepted(w http.ResponseWriter, req *http.Request) {
 	ctx, cancel := context.WithTimeout(context.WithoutCancel(req.Context()), g.c.BackendTimeout)
 	defer cancel()
 	x.forwarded = true
+	x.checked() // the backend may take its time
 	g.proxy.ServeHTTP(w, req.WithContext(ctx))
 }

@@ -13,6 +13,7 @@ import (
 // which it checks. certificate_expired, certificate_revoked and
 // revocation_unknown are verify's; here their detail names the TLS certificate.
 const (
+	ReasonRate    verify.Reason = "rate"
 	ReasonClient  verify.Reason = "client_certificate"
 	ReasonAgent   verify.Reason = "agent"
 	ReasonNetwork verify.Reason = "network"
@@ -27,6 +28,7 @@ var Reasons = []struct {
 	Status int
 	What   string
 }{
+	{ReasonRate, http.StatusTooManyRequests, "there are more requests of this address or agent than it may send, or more than can be checked"},
 	{ReasonClient, http.StatusForbidden, "the TLS client certificate is missing, or is not that of an agent of the trust domain"},
 	{ReasonAgent, http.StatusForbidden, "the agent is not one that may come"},
 	{ReasonNetwork, http.StatusForbidden, "the agent may not come from this address"},

@@ -40,7 +40,7 @@ func (g *Gate) Serve(ctx context.Context, l net.Listener) error {
 		}
 		done <- err
 	})
-	err := s.ServeTLS(l, "", "")
+	err := s.ServeTLS(g.limiter.hosts.Listener(l, g.metrics.turned.Inc), "", "")
 	if stop() {
 		return err // the listener failed
 	}
@@ -84,10 +84,14 @@ func (g *Gate) report(req *http.Request, x *exchange, out *response, begin time.
 	} else {
 		a = append(a, "address", req.RemoteAddr)
 	}
+	p := problem.Parse(out.status, out.Header().Get("Content-Type"), out.problem)
+	if x.forwarded && p.Reason != string(ReasonBackend) {
+		p = &problem.Problem{} // the backend's own
+	}
+	g.metrics.count(x.forwarded, p.Reason, p.Detail, time.Since(begin))
 	if x.forwarded {
 		g.log.InfoContext(req.Context(), "forwarded", a...)
 		return
 	}
-	p := problem.Parse(out.status, out.Header().Get("Content-Type"), out.problem)
 	g.log.WarnContext(req.Context(), "refused", append(a, "reason", p.Reason, "detail", p.Detail)...)
 }

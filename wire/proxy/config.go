@@ -146,7 +146,7 @@ func (c *Config) validate(dir string) error {
 			if err := l.validate(); err != nil {
 				return fmt.Errorf("agent %s: listener %d: %w", a.Name, j+1, err)
 			}
-			if addresses[l.Listen] {
+			if addresses[l.Listen] && !strings.HasSuffix(l.Listen, ":0") {
 				return fmt.Errorf("agent %s: %s stands twice", a.Name, l.Listen)
 			}
 			addresses[l.Listen] = true
