@@ -15,6 +15,7 @@ import (
 	"inkan/attest"
 	"inkan/internal/problem"
 	"inkan/internal/strictjson"
+	"inkan/scope"
 )
 
 // Client calls an issuer's administrators' API. It is safe for concurrent use.
@@ -127,4 +128,20 @@ func (c *Client) Revoke(ctx context.Context, serial, reason string) error {
 // Events lists the decision log after an event's id.
 func (c *Client) Events(ctx context.Context, after int64) (out []Event, err error) {
 	return out, c.call(ctx, http.MethodGet, fmt.Sprintf("/v1/events?after=%d", after), nil, &out)
+}
+
+// Kill stops an agent, a venue or all agents.
+func (c *Client) Kill(ctx context.Context, o KillOrder) (*scope.IssuedKill, error) {
+	var out scope.IssuedKill
+	return &out, c.call(ctx, http.MethodPost, "/v1/kills", o, &out)
+}
+
+// Kills lists the kills in force.
+func (c *Client) Kills(ctx context.Context) (out []scope.IssuedKill, err error) {
+	return out, c.call(ctx, http.MethodGet, "/v1/kills", nil, &out)
+}
+
+// LiftKill takes a kill off the list.
+func (c *Client) LiftKill(ctx context.Context, id string) error {
+	return c.call(ctx, http.MethodDelete, "/v1/kills/"+url.PathEscape(id), nil, nil)
 }

@@ -170,6 +170,7 @@ func (i *Issuer) agentHandler() http.Handler {
 		i.metrics.appraisal.Observe(time.Since(begun).Seconds())
 		problem.JSON(w, http.StatusOK, g)
 	})
+	mux.HandleFunc("GET /v1/kills", i.serveKills)
 	mux.HandleFunc("GET /openapi.json", static("application/json", agentOpenAPI))
 	return i.guard(mux)
 }
@@ -187,6 +188,17 @@ func (i *Issuer) decide(w http.ResponseWriter, r *http.Request, agent string, ev
 
 // adminHandler serves the administrators' API. Every request is asked for an
 // administrator's certificate, whatever the listener did (G3).
+// serveKills serves the signed kill list.
+func (i *Issuer) serveKills(w http.ResponseWriter, r *http.Request) {
+	text, err := i.KillList(r.Context())
+	if err != nil {
+		i.fail(w, r, err)
+		return
+	}
+	w.Header().Set("Content-Type", "application/jose")
+	_, _ = io.WriteString(w, text+"\n") // the client may be gone
+}
+
 func (i *Issuer) adminHandler() http.Handler {
 	mux := http.NewServeMux()
 	handle := func(pattern string, f func(r *http.Request) (any, error)) {
@@ -270,6 +282,15 @@ func (i *Issuer) adminHandler() http.Handler {
 		}
 		return nil, i.revoke(r.Context(), r.PathValue("serial"), s.Reason)
 	})
+	handle("GET /v1/kills", func(r *http.Request) (any, error) { return i.store.kills(r.Context()) })
+	handle("POST /v1/kills", func(r *http.Request) (any, error) {
+		var o KillOrder
+		if err := read(r, &o); err != nil {
+			return nil, err
+		}
+		return i.addKill(r.Context(), o)
+	})
+	handle("DELETE /v1/kills/{id}", func(r *http.Request) (any, error) { return nil, i.liftKill(r.Context(), r.PathValue("id")) })
 	handle("GET /v1/events", func(r *http.Request) (any, error) {
 		after, limit := int64(0), 1000
 		var err error
@@ -309,6 +330,7 @@ func (i *Issuer) publicHandler() http.Handler {
 		w.Header().Set("Content-Type", "application/pkix-crl")
 		_, _ = w.Write(der) // the client may be gone
 	})
+	mux.HandleFunc("GET /kills", i.serveKills)
 	answer := func(w http.ResponseWriter, r *http.Request, request []byte) {
 		der, err := i.ocsp.respond(r.Context(), request)
 		if err != nil {

@@ -118,11 +118,14 @@ type Issuer struct {
 
 	sessions *sessions
 	limit    limiter
-	mu       sync.Mutex // guards crl
+	mu       sync.Mutex // guards what follows
 	crl      []byte
 	crlUntil time.Time
-	ocsp     *responder
-	server   *serverCertificate
+
+	killList      string
+	killListUntil time.Time
+	ocsp          *responder
+	server        *serverCertificate
 }
 
 // New opens the issuer in dir with its CA key. Close it.

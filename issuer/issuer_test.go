@@ -35,6 +35,7 @@ import (
 	"inkan/internal/problem"
 	"inkan/internal/testca"
 	"inkan/issuer"
+	"inkan/scope"
 	"inkan/verify"
 )
 
@@ -618,4 +619,54 @@ func FuzzParseConfig(f *testing.F) {
 	f.Fuzz(func(_ *testing.T, b []byte) {
 		_, _ = issuer.ParseConfig(b) // it must not crash
 	})
+}
+
+// TestKills: what an administrator stops is in the signed list at once, for
+// signers and receivers, and what is malformed is in none.
+func TestKills(t *testing.T) {
+	o := newOffice(t)
+	for name, k := range map[string]issuer.KillOrder{
+		"no agent": {Scope: scope.KillAgent, Reason: "x"}, "an unknown agent": {Scope: scope.KillAgent, Agent: "zz-99", Reason: "x"}, "no reason": {Scope: scope.KillFirm}, "no venue": {Scope: scope.KillVenue, Reason: "x"},
+		"an agent of a firm": {Scope: scope.KillFirm, Agent: "mm-07", Reason: "x"}, "a scope": {Scope: "galaxy", Reason: "x"},
+	} {
+		if _, err := o.admin.Kill(t.Context(), k); err == nil {
+			t.Errorf("%s: a kill was made", name)
+		}
+	}
+	list := func() *scope.KillList {
+		t.Helper()
+		l, err := scope.ParseKillList(strings.TrimSuffix(string(get(t, "http://"+o.addresses.Public+"/kills")), "\n"), o.ca.PublicKey)
+		if err != nil {
+			t.Fatal(err)
+		}
+		return l
+	}
+	if l := list(); len(l.Kills) != 0 {
+		t.Errorf("%+v", l)
+	}
+	k, err := o.admin.Kill(t.Context(), issuer.KillOrder{Scope: scope.KillVenue, Venue: "XPAR", Reason: "halted"})
+	if err != nil {
+		t.Fatal(err)
+	}
+	if l := list(); len(l.Kills) != 1 || l.Kills[0] != *k {
+		t.Errorf("%+v, %+v", l, k)
+	}
+	for venue, want := range map[string]error{"XPAR": &verify.Refusal{Reason: verify.ReasonKilled}, "XLON": nil} {
+		r := &verify.KillList{MaxAge: time.Minute, Load: verify.HTTPLoader("http://" + o.addresses.Public + "/kills")}
+		if err := r.Check(t.Context(), "spiffe://example.org/agent/mm-07", venue, o.ca, time.Now()); !errors.Is(err, want) {
+			t.Errorf("%s: %v", venue, err)
+		}
+	}
+	if all, err := o.admin.Kills(t.Context()); err != nil || len(all) != 1 {
+		t.Errorf("%+v, %v", all, err)
+	}
+	if err := o.admin.LiftKill(t.Context(), k.ID); err != nil {
+		t.Fatal(err)
+	}
+	if err := o.admin.LiftKill(t.Context(), k.ID); err == nil {
+		t.Error("a kill was lifted twice")
+	}
+	if l := list(); len(l.Kills) != 0 {
+		t.Errorf("%+v", l)
+	}
 }

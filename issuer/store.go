@@ -81,6 +81,15 @@ CREATE TABLE event(
 	detail   TEXT NOT NULL,
 	evidence TEXT NOT NULL               -- SHA-256, hex
 ) STRICT;
+CREATE TABLE kill(
+	id     TEXT PRIMARY KEY,
+	scope  TEXT NOT NULL,
+	agent  TEXT NOT NULL,                -- SPIFFE ID; empty: all
+	venue  TEXT NOT NULL,
+	reason TEXT NOT NULL,
+	since  INTEGER NOT NULL,
+	lifted INTEGER
+) STRICT;
 CREATE TABLE evidence(
 	sha256   TEXT PRIMARY KEY,
 	document BLOB NOT NULL

@@ -84,6 +84,10 @@ func (c *ClockConfig) validate() error {
 type IssuerConfig struct {
 	URL string `json:"url"` // https, the agents' API
 	CA  string `json:"ca"`  // PEM file with the CA certificate
+
+	KillInterval string `json:"kill_interval,omitempty"` // how often the issuer's kills are looked at, 3s by default
+
+	kills time.Duration
 }
 
 // Values of command_audit.
@@ -187,7 +191,7 @@ func (c *Config) validate(dir string) error {
 		name, text string
 		to         *time.Duration
 		standard   time.Duration
-	}{{"approver_hedge", c.ApproverHedge, &c.hedge, 100 * time.Millisecond}, {"approver_timeout", c.ApproverTimeout, &c.giveUp, 2 * time.Second}} {
+	}{{"approver_hedge", c.ApproverHedge, &c.hedge, 100 * time.Millisecond}, {"approver_timeout", c.ApproverTimeout, &c.giveUp, 2 * time.Second}, {"issuer.kill_interval", c.Issuer.KillInterval, &c.Issuer.kills, 3 * time.Second}} {
 		if *d.to = d.standard; d.text == "" {
 			continue
 		}

@@ -20,6 +20,7 @@ type metrics struct {
 	renewals *prometheus.CounterVec
 
 	checkpointAt *prometheus.GaugeVec
+	killList     prometheus.Gauge
 }
 
 // agentMetrics are those of one agent.
@@ -46,7 +47,8 @@ func newMetrics() *metrics {
 		renewals: prometheus.NewCounterVec(prometheus.CounterOpts{Name: "inkan_signer_renewals_total", Help: "renewals of certificates, by outcome"}, []string{"agent", "outcome"}),
 	}
 	m.checkpointAt = prometheus.NewGaugeVec(prometheus.GaugeOpts{Name: "inkan_signer_checkpoint_seconds", Help: "when the head of the agent's record was last signed, in seconds since 1970"}, agent)
-	m.registry.MustRegister(m.checkpointAt, m.signed, m.refused, m.device, m.approver, m.action, m.notAfter, m.callers, m.renewals)
+	m.killList = prometheus.NewGauge(prometheus.GaugeOpts{Name: "inkan_signer_kill_list_seconds", Help: "when the issuer's kill list was last seen, in seconds since 1970"})
+	m.registry.MustRegister(m.killList, m.checkpointAt, m.signed, m.refused, m.device, m.approver, m.action, m.notAfter, m.callers, m.renewals)
 	return m
 }
 

@@ -12,12 +12,14 @@ import (
 	"fmt"
 	"os"
 	"strings"
+	"time"
 
 	"inkan/internal/jws"
 	"inkan/internal/problem"
 	"inkan/scope"
 	"inkan/signer"
 	"inkan/signer/client"
+	"inkan/verify"
 )
 
 // controls is an agent under people who may narrow, stop and release it. Each
@@ -79,7 +81,7 @@ func attackControls(ctx context.Context, w *world) error {
 		}
 	}
 	c.limits = &limits{w, client.New(w.socket())}
-	for _, step := range []func(context.Context) error{c.overrides, c.approvals, c.kills, c.policies} {
+	for _, step := range []func(context.Context) error{c.overrides, c.approvals, c.kills, c.issuerKills, c.policies} {
 		if err := step(ctx); err != nil {
 			return err
 		}
@@ -322,6 +324,81 @@ func (c *controls) kills(ctx context.Context) error {
 		return err
 	}
 	return needs("the second re-arm document")(send(text))
+}
+
+// issuerKills: the issuer's administrator stops all agents, for signers and receivers.
+func (c *controls) issuerKills(ctx context.Context) error {
+	signed, err := c.signer.SignJSON(ctx, []byte(order(client.NewID(), `"400"`, `"1"`))) // that the venue has not seen yet
+	if err != nil {
+		return err
+	}
+	dir := c.path("issuer")
+	id, err := c.run(ctx, "issuer", "kill", "add", "--dir", dir, "--scope", "firm", "--reason", "drill")
+	if err != nil {
+		return err
+	}
+	pem, err := os.ReadFile(c.path("issuer", "ca.pem"))
+	if err != nil {
+		return err
+	}
+	roots := x509.NewCertPool()
+	roots.AppendCertsFromPEM(pem)
+	receiver := func(age time.Duration, at string) (*verify.Receiver, error) {
+		return verify.NewReceiver(verify.Config{Audiences: []string{"XPAR"}, Roots: roots, Revocation: verify.NoRevocation{}, Replay: verify.NoReplay{}, Kills: &verify.KillList{MaxAge: age, Load: verify.HTTPLoader(at)}})
+	}
+	for _, a := range []struct {
+		name, check, path string
+		age               time.Duration
+	}{
+		{"an action from before the kill, at the venue", "killed", "/kills", time.Minute},
+		{"an action, at a venue that cannot see the kill list", "kill_state_unknown", "/nothing", time.Minute},
+		{"an action, at a venue whose kill list is too old", "kill_state_unknown", "/kills", time.Nanosecond},
+	} {
+		r, err := receiver(a.age, "http://"+c.addresses.Public+a.path)
+		if err != nil {
+			return err
+		}
+		if err := c.attack(a.name, "venue", a.check, func() (bool, string, error) {
+			_, err := r.Verify(ctx, []byte(signed.JWS), nil)
+			if refusal, ok := errors.AsType[*verify.Refusal](err); ok {
+				return false, refusal.Error(), nil
+			}
+			return err == nil, "accepted", err
+		}); err != nil {
+			return err
+		}
+	}
+	var status signer.Status
+	for end := time.Now().Add(time.Minute); len(status.Agents) == 0 || len(status.Agents[0].Controls.Kills) == 0; time.Sleep(100 * time.Millisecond) {
+		out, err := c.run(ctx, "status", "--socket", c.socket(), "--json")
+		if err != nil {
+			return err
+		}
+		if err := json.Unmarshal([]byte(out), &status); err != nil {
+			return err
+		}
+		if time.Now().After(end) {
+			return errors.New("the signer did not take the issuer's kill over")
+		}
+	}
+	small := func() (bool, string, error) { return c.acts(ctx, order(client.NewID(), `"400"`, `"1"`)) }
+	if err := c.attack("an order after the issuer's kill", "signer", "kill", small); err != nil {
+		return err
+	}
+	if _, err := c.run(ctx, "issuer", "kill", "lift", "--dir", dir, "--id", strings.TrimSpace(id)); err != nil {
+		return err
+	}
+	if err := c.attack("an order after the kill was lifted, and nobody has re-armed", "signer", "kill", small); err != nil {
+		return err
+	}
+	text, err := c.signs(ctx, "rearm", "rearm", "sign", "--entry", fmt.Sprint(uint64(status.Agents[0].Controls.Kills[0].Event)), "--reason", "drill is over")
+	if err != nil {
+		return err
+	}
+	if err := needs("the re-arm document")(c.says(ctx, text, "rearm", "send", "--socket", c.socket(), "--document", "-")); err != nil {
+		return err
+	}
+	return needs("an order after the drill")(small())
 }
 
 func (c *controls) policies(ctx context.Context) error {

@@ -98,6 +98,7 @@ func issuerCommand(e *env) *cli.Command {
 					return withClient(c, "name", func(cl *issuer.Client, n string) error { return cl.RetirePolicy(c.Context, n) })
 				}, adminFlags(str("name", "`NAME` of the policy"))...),
 			}},
+			issuerKillCommand(e),
 			{Name: "certificate", Usage: "the certificates that were issued", Subcommands: []*cli.Command{
 				sub("list", "list certificates, the newest first", certificateList, adminFlags(str("agent", "of the agent with this `NAME` alone"))...),
 				sub("revoke", "revoke a certificate", func(_ *env, c *cli.Context) error {
