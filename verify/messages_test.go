@@ -62,6 +62,7 @@ func TestMessages(t *testing.T) {
 		status                int
 		reason                verify.Reason
 	}{
+		{"another path, without an action", "", "/admin", good, func(r *http.Request) { r.Header.Del(verify.Header) }, 404, verify.ReasonRoute},
 		{"a query", jws, "/orders?x=1", good, nil, 400, verify.ReasonRequest},
 		{"a content coding", jws, "/orders", good, func(r *http.Request) { r.Header.Set("Content-Encoding", "gzip") }, 400, verify.ReasonRequest},
 		{"another path", jws, "/admin", good, nil, 404, verify.ReasonRoute},

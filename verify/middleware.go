@@ -30,6 +30,11 @@ func FromContext(ctx context.Context) (*Verified, bool) {
 // maxBody bounds the body, in bytes.
 func (r *Receiver) Middleware(maxBody int64, next http.Handler) http.Handler {
 	return http.HandlerFunc(func(w http.ResponseWriter, req *http.Request) {
+		agrees, err := r.match(req)
+		if err != nil {
+			fail(w, err)
+			return
+		}
 		values := req.Header.Values(Header)
 		if len(values) != 1 {
 			fail(w, refuse(ReasonForm, "%d headers %s, exactly one is expected", len(values), Header))
@@ -38,11 +43,6 @@ func (r *Receiver) Middleware(maxBody int64, next http.Handler) http.Handler {
 		from, err := r.address(req)
 		if err != nil {
 			fail(w, refuse(ReasonSourceNetwork, "%v", err))
-			return
-		}
-		agrees, err := r.match(req)
-		if err != nil {
-			fail(w, err)
 			return
 		}
 		body, err := io.ReadAll(http.MaxBytesReader(w, req.Body, maxBody))
