@@ -69,6 +69,8 @@ func suite(t *testing.T, token *hsm.Token, missing ...hsm.Algorithm) {
 		{hsm.P256, []crypto.SignerOpts{crypto.SHA256}},
 		{hsm.P384, []crypto.SignerOpts{crypto.SHA384}},
 		{hsm.RSA2048, []crypto.SignerOpts{crypto.SHA256, crypto.SHA512, &rsa.PSSOptions{Hash: crypto.SHA256}, &rsa.PSSOptions{Hash: crypto.SHA384}}},
+		{hsm.RSA3072, []crypto.SignerOpts{crypto.SHA384, &rsa.PSSOptions{Hash: crypto.SHA384}}},
+		{hsm.RSA4096, []crypto.SignerOpts{crypto.SHA512, &rsa.PSSOptions{Hash: crypto.SHA512}}},
 		{hsm.Ed25519, []crypto.SignerOpts{crypto.Hash(0)}},
 	} {
 		t.Run(string(c.algorithm), func(t *testing.T) {
@@ -103,7 +105,7 @@ func suite(t *testing.T, token *hsm.Token, missing ...hsm.Algorithm) {
 			}
 		})
 	}
-	if list, err := token.List(); err != nil || len(list) != 4-len(missing) {
+	if list, err := token.List(); err != nil || len(list) != 6-len(missing) {
 		t.Errorf("list: %d keys, %v", len(list), err)
 	}
 	if _, err := token.Key([]byte("none")); !errors.Is(err, hsm.ErrNotFound) {

@@ -14,7 +14,7 @@ import (
 type Options struct {
 	Module    string                            // path of the PKCS#11 module; default: the URI's module-path
 	PINSource string                            // see ReadPIN; default: the URI's pin-source
-	Timeout   time.Duration                     // of one call of the module; default 5 s; the worker is killed beyond it
+	Timeout   time.Duration                     // of one call of the module, twelve times that where a key is made; default 5 s; the worker is killed beyond it
 	Sessions  int                               // at most so many signatures at a time; default 16; the token may have fewer
 	Env       []string                          // more environment for the worker, such as SOFTHSM2_CONF=/path
 	Unseal    func(file []byte) ([]byte, error) // opens a sealed PIN; nil: none is
@@ -30,6 +30,9 @@ const (
 	maxPause   = 30 * time.Second
 	// breakAfter failures in a row calls are refused at once during the pause.
 	breakAfter = 4
+	// generatePatience is how many times longer than any other call the making of
+	// a key may take: for large RSA keys tokens look for primes.
+	generatePatience = 12
 	// throttleLimit answers like CKR_DEVICE_ERROR in a row are taken for a dead device.
 	throttleLimit = 8
 )
@@ -284,9 +287,13 @@ func (t *Token) failLocked(why error) {
 // in a new worker where the error calls for it. prepare, which may be nil, runs
 // before it in the same worker; check may refuse the answer.
 func (t *Token) do(q request, prepare func(context.Context, *child) error, check func(*response) error) (*response, error) {
+	patience := t.opt.Timeout
+	if q.Op == opGenerate {
+		patience *= generatePatience
+	}
 	var last error
 	for range 2 {
-		ctx, cancel := context.WithTimeout(t.stop, t.opt.Timeout)
+		ctx, cancel := context.WithTimeout(t.stop, patience)
 		a, again, err := t.once(ctx, q, prepare, check)
 		cancel()
 		if err == nil {
@@ -321,7 +328,7 @@ func (t *Token) once(ctx context.Context, q request, prepare func(context.Contex
 	code, isCode := errors.AsType[*CodeError](err)
 	switch {
 	case ctx.Err() != nil && t.stop.Err() == nil:
-		err = fmt.Errorf("%w (%v): %s", ErrDeadline, t.opt.Timeout, q.Op)
+		err = fmt.Errorf("%w: %s", ErrDeadline, q.Op)
 		t.retire(c, err)
 		return nil, false, err // the caller has waited long enough
 	case t.stop.Err() != nil:

@@ -180,19 +180,67 @@ func (w *worker) generate(s pkcs11.SessionHandle, q *request) ([]Attributes, err
 	} else if len(old) > 0 {
 		return nil, fmt.Errorf("the token has a key with CKA_ID %x already", q.Key)
 	}
-	pub, err := crypto11.NewAttributeSetWithIDAndLabel(q.Key, []byte(q.Label))
+	lib, err := w.p11.GetInfo()
 	if err != nil {
 		return nil, err
 	}
+	attempts := turnedOff
+	if lib.LibraryDescription == leaksObjects {
+		attempts = turnedOff[len(turnedOff)-1:]
+	}
+	for i, off := range attempts {
+		if err = w.generateWith(s, q, off); err == nil {
+			return w.find(s, q.Key)
+		}
+		if i == len(attempts)-1 || !refusesTemplate(err) {
+			break
+		}
+		if made, err := w.objects(s, pkcs11.CKO_PRIVATE_KEY, q.Key); err != nil {
+			return nil, err
+		} else if len(made) > 0 {
+			return nil, fmt.Errorf("the token made a key with CKA_ID %x and said that it failed: delete it", q.Key)
+		}
+	}
+	return nil, err
+}
+
+// turnedOff are attributes that tokens turn on unless told otherwise. Where a
+// token refuses to be told of all of them, fewer are tried: docs/hsm.md says which do.
+var turnedOff = [][]uint{
+	{pkcs11.CKA_DECRYPT, pkcs11.CKA_UNWRAP, pkcs11.CKA_MODIFIABLE, pkcs11.CKA_COPYABLE},
+	{pkcs11.CKA_DECRYPT, pkcs11.CKA_UNWRAP, pkcs11.CKA_MODIFIABLE},
+	{},
+}
+
+// leaksObjects is what tpm2-pkcs11 calls itself. It refuses them all, and each
+// time leaves an object in the TPM, which has room for three.
+const leaksObjects = "TPM2.0 Cryptoki"
+
+// refusesTemplate: the codes with which tokens answer attributes that they do
+// not take. CKR_GENERAL_ERROR is NSS's.
+func refusesTemplate(err error) bool {
+	code, ok := errors.AsType[pkcs11.Error](err)
+	switch code {
+	case pkcs11.CKR_ATTRIBUTE_TYPE_INVALID, pkcs11.CKR_ATTRIBUTE_VALUE_INVALID, pkcs11.CKR_ATTRIBUTE_READ_ONLY, pkcs11.CKR_TEMPLATE_INCONSISTENT, pkcs11.CKR_GENERAL_ERROR:
+		return ok
+	}
+	return false
+}
+
+// generateWith makes a key pair whose private part has these attributes off.
+func (w *worker) generateWith(s pkcs11.SessionHandle, q *request, off []uint) error {
+	pub, err := crypto11.NewAttributeSetWithIDAndLabel(q.Key, []byte(q.Label))
+	if err != nil {
+		return err
+	}
 	priv := pub.Copy()
-	private := map[uint]bool{
-		pkcs11.CKA_TOKEN: true, pkcs11.CKA_PRIVATE: true, pkcs11.CKA_SENSITIVE: true, pkcs11.CKA_EXTRACTABLE: false, pkcs11.CKA_SIGN: true,
-		// Tokens turn these on unless told otherwise.
-		pkcs11.CKA_DECRYPT: false, pkcs11.CKA_UNWRAP: false, pkcs11.CKA_MODIFIABLE: false, pkcs11.CKA_COPYABLE: false,
+	private := map[uint]bool{pkcs11.CKA_TOKEN: true, pkcs11.CKA_PRIVATE: true, pkcs11.CKA_SENSITIVE: true, pkcs11.CKA_EXTRACTABLE: false, pkcs11.CKA_SIGN: true}
+	for _, attr := range off {
+		private[attr] = false
 	}
 	for attr, v := range private {
 		if err := priv.Set(attr, v); err != nil {
-			return nil, err
+			return err
 		}
 	}
 	switch q.Algorithm {
@@ -205,21 +253,14 @@ func (w *worker) generate(s pkcs11.SessionHandle, q *request) ([]Attributes, err
 	case RSA2048, RSA3072, RSA4096:
 		bits := map[Algorithm]int{RSA2048: 2048, RSA3072: 3072, RSA4096: 4096}[q.Algorithm]
 		_, err = w.c11.GenerateRSAKeyPairWithAttributes(pub, priv, bits)
-	case Ed25519:
-		err = pub.Set(pkcs11.CKA_EC_PARAMS, []byte(edwards25519Params))
-		if err == nil {
-			err = errors.Join(pub.Set(pkcs11.CKA_TOKEN, true), pub.Set(pkcs11.CKA_VERIFY, true))
-		}
-		if err == nil { // crypto11 has no Ed25519
+	case Ed25519: // crypto11 has none
+		if err = errors.Join(pub.Set(pkcs11.CKA_EC_PARAMS, []byte(edwards25519Params)), pub.Set(pkcs11.CKA_TOKEN, true), pub.Set(pkcs11.CKA_VERIFY, true)); err == nil {
 			_, _, err = w.p11.GenerateKeyPair(s, []*pkcs11.Mechanism{pkcs11.NewMechanism(ckmEdwardsKeyPair, nil)}, pub.ToSlice(), priv.ToSlice())
 		}
 	default:
-		return nil, fmt.Errorf("unknown algorithm %.16q", string(q.Algorithm))
+		return fmt.Errorf("unknown algorithm %.16q", string(q.Algorithm))
 	}
-	if err != nil {
-		return nil, err
-	}
-	return w.find(s, q.Key)
+	return err
 }
 
 // info reads what the module and the token say of themselves.
