@@ -7,7 +7,8 @@ LIB := /usr/lib/x86_64-linux-gnu
 TOOLS := swtpm=swtpm swtpm_setup=swtpm-tools certtool=gnutls-bin softhsm2-util=softhsm2 \
 	tpm2_readpublic=tpm2-tools pkcs11-tool=opensc p11-kit=p11-kit \
 	openssl=openssl curl=curl strace=strace gcc=gcc xxd=xxd node=nodejs /usr/bin/python3=python3 \
-	pg_ctlcluster=postgresql chromium=chromium npm=npm chronyd=chrony
+	pg_ctlcluster=postgresql chromium=chromium npm=npm chronyd=chrony certutil=libnss3-tools \
+	$(LIB)/pkcs11/libtpm2_pkcs11.so=libtpm2-pkcs11-1
 
 .DEFAULT_GOAL := help
 .PHONY: help build nocgo tools demo test lint bench attack crash storm fuzz clean

@@ -26,8 +26,8 @@ func TestParseURI(t *testing.T) {
 		{"pkcs11:token=a?module-path=x.so", "absolute"},
 		{"pkcs11:token=a?slot=1", "unknown query"},
 		{"pkcs11:type=public", "type must be"},
-		{"pkcs11:id=" + strings.Repeat("%00", 65), "id has 65 bytes"},
-		{"pkcs11:token=" + strings.Repeat("a", 1100), "bytes, at most"},
+		{"pkcs11:id=" + strings.Repeat("%00", 256), "id has 256 bytes"},
+		{"pkcs11:token=" + strings.Repeat("a", 2100), "bytes, at most"},
 	} {
 		u, err := ParseURI(c.in)
 		if c.err == "" {

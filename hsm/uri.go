@@ -9,7 +9,7 @@ import (
 )
 
 // maxURI bounds a URI, in bytes.
-const maxURI = 1024
+const maxURI = 2048
 
 // URI names a token, and perhaps a key in it: a pkcs11: URI (RFC 7512,
 // section 2.3). Empty fields match anything.

@@ -19,7 +19,7 @@ import (
 
 const (
 	maxFrame = 64 << 10
-	maxID    = 64  // bytes of a CKA_ID
+	maxID    = 255 // bytes of a CKA_ID; Google Cloud KMS puts a resource name there
 	maxKeys  = 100 // keys in a list
 )
 

@@ -173,7 +173,7 @@ const (
 // generate makes a key pair and returns it as read back from the token.
 func (w *worker) generate(s pkcs11.SessionHandle, q *request) ([]Attributes, error) {
 	if len(q.Key) == 0 || len(q.Key) > maxID || len(q.Label) > 256 {
-		return nil, errors.New("a key needs a CKA_ID of 1 to 64 bytes and a label of at most 256")
+		return nil, errors.New("a key needs a CKA_ID of 1 to 255 bytes and a label of at most 256")
 	}
 	if old, err := w.objects(s, pkcs11.CKO_PRIVATE_KEY, q.Key); err != nil {
 		return nil, err
