@@ -19,6 +19,7 @@ import (
 	"fmt"
 	"os"
 	"slices"
+	"strings"
 	"sync"
 	"time"
 
@@ -153,7 +154,7 @@ type Log struct {
 }
 
 type statements struct {
-	begin, commit, leaf, header, signature, hash, head, find, certificate, start, checkpoint, bound, readHash *sql.Stmt
+	begin, commit, leaf, header, signature, hash, hashes, head, find, certificate, start, checkpoint, bound, readHash *sql.Stmt
 }
 
 // Open opens or makes the log at path. One process has it open at a time
@@ -234,6 +235,7 @@ func (l *Log) prepare(ctx context.Context) error {
 		{&l.stmt.signature, "INSERT OR IGNORE INTO signature(counter, header, signature) VALUES(?, ?, ?)"},
 		{&l.stmt.header, "INSERT INTO header(text) VALUES(?) ON CONFLICT(text) DO UPDATE SET text = excluded.text RETURNING id"},
 		{&l.stmt.hash, "INSERT INTO hash(idx, hash) VALUES(?, ?)"},
+		{&l.stmt.hashes, "INSERT INTO hash(idx, hash) VALUES(?, ?)" + strings.Repeat(", (?, ?)", hashRows-1)},
 		{&l.stmt.head, "INSERT INTO head(one, size, root, previous, time) VALUES(1, ?, ?, ?, ?) ON CONFLICT(one) DO UPDATE SET size = excluded.size, root = excluded.root, previous = excluded.previous, time = excluded.time"},
 		{&l.stmt.find, "SELECT l.payload, " + entryColumns + " WHERE l.id = ?"},
 		{&l.stmt.certificate, "INSERT OR IGNORE INTO certificate(sha256, chain) VALUES(?, ?)"},

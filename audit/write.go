@@ -360,6 +360,9 @@ func (l *Log) transact(group []*request) (Head, error) {
 			return head, l.rollback(err)
 		}
 		head.Root = root
+		if err := l.writeHashes(l.Head().Size, head.Size, fresh); err != nil {
+			return head, l.rollback(err)
+		}
 		if _, err := l.stmt.head.Exec(int64(head.Size), head.Root[:], head.Previous[:], head.Time.UnixMicro()); err != nil {
 			return head, l.rollback(err)
 		}
@@ -385,6 +388,34 @@ func (r *request) refuse(why *scope.Refusal) {
 	if why != nil {
 		r.err = why
 	}
+}
+
+// hashRows is how many hashes one statement writes: a group has two for each
+// entry, and a statement costs more than a row.
+const hashRows = 16
+
+// writeHashes writes the hashes that the tree gained as it grew.
+func (l *Log) writeHashes(from, to uint64, fresh map[int64]tlog.Hash) error {
+	next, end := tlog.StoredHashIndex(0, int64(from)), tlog.StoredHashIndex(0, int64(to))
+	for next < end {
+		stmt, n := l.stmt.hash, int64(1)
+		if end-next >= hashRows {
+			stmt, n = l.stmt.hashes, hashRows
+		}
+		args := make([]any, 0, 2*hashRows)
+		for ; n > 0; n-- {
+			h, ok := fresh[next]
+			if !ok {
+				return fmt.Errorf("hash %d is missing", next)
+			}
+			args = append(args, next, h[:])
+			next++
+		}
+		if _, err := stmt.Exec(args...); err != nil {
+			return err
+		}
+	}
+	return nil
 }
 
 // signature writes a signature, and its header if it is new.
@@ -434,9 +465,6 @@ func (l *Log) entry(r *request, head *Head, fresh map[int64]tlog.Hash) (added bo
 	first := tlog.StoredHashIndex(0, int64(head.Size))
 	for i, h := range hashes {
 		fresh[first+int64(i)] = h
-		if _, err := l.stmt.hash.Exec(first+int64(i), h[:]); err != nil {
-			return false, err
-		}
 	}
 	head.Size, head.Previous, head.Time = counter, sha256.Sum256(statement), st.Time.Time
 	l.book.Replay(st)
