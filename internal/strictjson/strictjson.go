@@ -40,6 +40,9 @@ func Marshal(v any) ([]byte, error) {
 	if err != nil {
 		return nil, err
 	}
+	if out, ok := canonical(make([]byte, 0, len(b)), b); ok {
+		return out, nil
+	}
 	val := jsontext.Value(b)
 	if err := val.Canonicalize(); err != nil {
 		return nil, err
