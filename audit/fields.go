@@ -66,6 +66,9 @@ type Fields struct {
 	ReferenceTime     string `json:"reference_time,omitzero"`
 	ReferenceAgeMS    string `json:"reference_age_ms,omitzero"`
 
+	Policy         string `json:"policy_sha256,omitzero"`  // in effect beside the certificate's scope
+	Authorizations string `json:"authorizations,omitzero"` // of controllers, that came with the action: each the exact JWS, with spaces between
+
 	NativeFormat string `json:"native_format,omitzero"`
 	NativeSHA256 string `json:"native_sha256,omitzero"`
 
@@ -135,6 +138,10 @@ func fieldsOf(st *scope.Statement, c *certext.ActionCertificate, signed bool) *F
 		f.ReferencePrice, f.ReferenceCurrency, f.ReferenceSource, f.ReferenceTime = r.Price.String(), r.Currency, r.Source, at(r.Time)
 		f.ReferenceAgeMS = fmt.Sprint(st.Time.Time.Sub(r.Time.Time).Milliseconds())
 	}
+	if p := st.Decision.Policy; p != nil {
+		f.Policy = digest(*p)
+	}
+	f.Authorizations = strings.Join(st.Authorized, " ")
 	if n := st.Native; n != nil {
 		f.NativeFormat, f.NativeSHA256 = n.Format, n.SHA256
 	}

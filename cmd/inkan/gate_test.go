@@ -71,12 +71,18 @@ func certify(t *testing.T, ca *testca.CA, dir, name string, usage x509.ExtKeyUsa
 // signedFor signs an order for a body as a signer does.
 func signedFor(t *testing.T, a *testca.Agent, n int, body []byte) string {
 	t.Helper()
+	return signedNative(t, a, n, scope.NativeHTTPBody, sha256.Sum256(body))
+}
+
+// signedNative is signedFor for a message of any format.
+func signedNative(t *testing.T, a *testca.Agent, n int, format string, digest [32]byte) string {
+	t.Helper()
 	s, err := scope.ParseCanonical([]byte(gateScope))
 	if err != nil {
 		t.Fatal(err)
 	}
-	action, err := scope.ParseAction(fmt.Appendf(nil, `{"id":%q,"aud":"XPAR","act":"order.new","ord":{"ClOrdID":"A-1","SecurityID":"FR0000120271","SecurityIDSource":"4","Side":"1","OrdType":"2","Price":"50","OrderQty":"100","Currency":"EUR","TimeInForce":"0"},"native":{"fmt":"http-body","sha-256":"%x"}}`,
-		client.NewID(), sha256.Sum256(body)))
+	action, err := scope.ParseAction(fmt.Appendf(nil, `{"id":%q,"aud":"XPAR","act":"order.new","ord":{"ClOrdID":"A-1","SecurityID":"FR0000120271","SecurityIDSource":"4","Side":"1","OrdType":"2","Price":"50","OrderQty":"100","Currency":"EUR","TimeInForce":"0"},"native":{"fmt":%q,"sha-256":"%x"}}`,
+		client.NewID(), format, digest))
 	if err != nil {
 		t.Fatal(err)
 	}

@@ -10,10 +10,10 @@ import (
 
 	"github.com/urfave/cli/v2"
 
-	"inkan/internal/jws"
 	"inkan/internal/strictjson"
 	"inkan/scope"
 	"inkan/verify"
+	"inkan/verify/binding"
 	"inkan/verify/source"
 )
 
@@ -32,6 +32,9 @@ func verifyCommand(e *env) *cli.Command {
 			&cli.BoolFlag{Name: "no-revocation", Usage: "do not ask whether the certificate was revoked"},
 			&cli.DurationFlag{Name: "max-revocation-age", Value: time.Hour, Usage: "oldest `AGE` of what is known about revocation"},
 			&cli.StringFlag{Name: "body", Usage: "`FILE` with the HTTP body that arrived with it"},
+			&cli.StringFlag{Name: "fix", Usage: "`FILE` with a FIX message that carries the action, instead of --jws; every field of it is compared with the action"},
+			&cli.IntSliceFlag{Name: "free-tag", Usage: "FIX `TAG` that is not compared; may be given several times"},
+			&cli.StringFlag{Name: "frame", Usage: "`FILE` with a WebSocket's text that carries the action, instead of --jws"},
 			&cli.StringFlag{Name: "replay-db", Usage: "`FILE` that remembers what was accepted, or URL of a PostgreSQL database; without it neither a replay nor a limit over time is noticed"},
 			&cli.StringFlag{Name: "replay-db-password-file", Usage: "`FILE` with the password of the database's user"},
 			&cli.StringFlag{Name: "reference", Usage: "JSON `FILE` with this venue's reference price"},
@@ -75,7 +78,7 @@ func runVerify(e *env, c *cli.Context) error {
 	if err != nil {
 		return err
 	}
-	path, err := required(c, "jws")
+	carrier, path, err := carrierOf(c)
 	if err != nil {
 		return err
 	}
@@ -139,11 +142,11 @@ func runVerify(e *env, c *cli.Context) error {
 	if err != nil {
 		return err
 	}
-	b, err := e.readInput(path, jws.MaxCompact+2)
+	b, err := e.readInput(path, binding.MaxFrame)
 	if err != nil {
 		return err
 	}
-	v, err := r.VerifyArrival(c.Context, bytes.TrimSpace(b), arrived)
+	v, resend, err := accept(c, r, carrier, b, arrived)
 	if err != nil {
 		if refusal, ok := errors.AsType[*verify.Refusal](err); ok && c.Bool("json") {
 			if err := e.printJSON(map[string]any{"accepted": false, "refusal": refusal}); err != nil {
@@ -151,6 +154,11 @@ func runVerify(e *env, c *cli.Context) error {
 			}
 		}
 		return withCode(exitUnproven, err)
+	}
+	if resend {
+		return e.show(c, map[string]any{"accepted": true, "resend": true}, func() {
+			e.printf("a resend: the message may have been sent before (PossDupFlag), it verifies, and its action was accepted before; it must not be acted on again\n")
+		})
 	}
 	return e.show(c, map[string]any{"accepted": true, "agent": v.Agent, "statement": v.Statement}, func() {
 		st := v.Statement
@@ -166,4 +174,41 @@ func runVerify(e *env, c *cli.Context) error {
 			e.printf("  note: without --replay-db neither a second use nor a limit over time is noticed\n")
 		}
 	})
+}
+
+// carrierOf returns the one flag that says what the action is in, and its file.
+func carrierOf(c *cli.Context) (name, path string, err error) {
+	for _, n := range []string{"jws", "fix", "frame"} {
+		if v := c.String(n); v != "" && name != "" {
+			return "", "", usage("give one of --jws, --fix and --frame")
+		} else if v != "" {
+			name, path = n, v
+		}
+	}
+	switch {
+	case name == "":
+		return "", "", usage("--jws is missing, or --fix, or --frame")
+	case name != "jws" && c.String("body") != "":
+		return "", "", usage("--body goes with --jws")
+	}
+	return name, path, nil
+}
+
+// accept has the receiver accept what the carrier holds.
+func accept(c *cli.Context, r *verify.Receiver, carrier string, b []byte, arrived verify.Arrival) (v *verify.Verified, resend bool, err error) {
+	var a *binding.Accepted
+	switch carrier {
+	case "fix":
+		a, err = binding.FIX(c.Context, r, arrived.From, b, &binding.Profile{Free: c.IntSlice("free-tag")})
+	case "frame":
+		// What a venue's own messages say only the venue knows.
+		a, err = binding.Text(c.Context, r, arrived.From, b, func(*scope.Action, []byte) error { return nil })
+	default:
+		v, err = r.VerifyArrival(c.Context, bytes.TrimSpace(b), arrived)
+		return v, false, err
+	}
+	if err != nil {
+		return nil, false, err
+	}
+	return a.Verified, a.Resend, nil
 }
