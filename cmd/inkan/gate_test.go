@@ -193,7 +193,11 @@ func TestGateCommand(t *testing.T) {
 		"another order's digest": {mine, signedFor(t, a, 3, larger), larger, `"reason":"mismatch"`},
 		"no client certificate":  {nil, signedFor(t, a, 4, body), body, ""}, // what the client sees depends on what it was writing
 	} {
-		if status, text := post(c.certificates, c.jws, c.body); status == 200 || !strings.Contains(text, c.reason) {
+		status, text := post(c.certificates, c.jws, c.body)
+		if c.certificates == nil && status == 0 {
+			continue // the handshake failed; writing may notice before the server's alert is read
+		}
+		if status == 200 || !strings.Contains(text, c.reason) {
 			t.Errorf("%s: %d %s", name, status, text)
 		}
 	}
