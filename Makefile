@@ -11,7 +11,7 @@ TOOLS := swtpm=swtpm swtpm_setup=swtpm-tools certtool=gnutls-bin softhsm2-util=s
 	$(LIB)/pkcs11/libtpm2_pkcs11.so=libtpm2-pkcs11-1
 
 .DEFAULT_GOAL := help
-.PHONY: help build nocgo tools demo test lint bench attack crash storm fuzz clean
+.PHONY: help build nocgo tools demo test lint bench bench-start attack crash storm fuzz clean
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## /{printf "  make %-8s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -39,6 +39,9 @@ lint: ## gofmt, vet, staticcheck
 
 bench: tools build ## speed beside the raw device and the standard library, as ratios; ONLY=token for one section
 	$(BIN)/inkan-sim bench --inkan $(BIN)/inkan $(if $(ONLY),--only $(ONLY)) $(if $(JSON),--json)
+
+bench-start: build ## how long a signer takes to start with ten million records (10 GB in TMPDIR); RECORDS=1000000 for fewer
+	$(BIN)/inkan-sim bench-start $(if $(RECORDS),--records $(RECORDS)) $(if $(JSON),--json)
 
 attack: tools build ## attacks on each layer; FAMILY=os for one of them
 	$(BIN)/inkan-sim attack --inkan $(BIN)/inkan $(if $(FAMILY),--family $(FAMILY)) $(if $(JSON),--json)

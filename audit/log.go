@@ -151,6 +151,8 @@ type Log struct {
 	book *scope.Book         // what is used of limits over time; the writer's, derived from the entries
 
 	anchoring *anchoring // nil: it is bound to nothing
+	path      string
+	keeper    keeper // of what makes the next start faster
 }
 
 type statements struct {
@@ -160,7 +162,7 @@ type statements struct {
 // Open opens or makes the log at path. One process has it open at a time
 // ([ErrInUse]). A log whose head and entries disagree is refused ([ErrDamaged]).
 func Open(ctx context.Context, path string, o Options) (_ *Log, err error) {
-	l := &Log{now: o.Now, requests: make(chan *request, 256), stop: make(chan struct{}), stopped: make(chan struct{}), headers: make(map[string]int64), anchoring: newAnchoring(o)}
+	l := &Log{now: o.Now, requests: make(chan *request, 256), stop: make(chan struct{}), stopped: make(chan struct{}), headers: make(map[string]int64), anchoring: newAnchoring(o), path: path}
 	if l.now == nil {
 		l.now = time.Now
 	}
@@ -297,14 +299,32 @@ func (l *Log) recover(ctx context.Context) error {
 	return l.remember(ctx)
 }
 
-// remember derives from the entries what the next ones depend on: those of the
-// longest window and of orders that are open, read backwards, and the events whose
-// effect lasts, of which each names the one before it. So a long record costs nothing.
+// remember derives from the entries what the next ones depend on.
 func (l *Log) remember(ctx context.Context) error {
-	l.book = scope.NewBook()
-	rows, err := l.conn.QueryContext(ctx, "SELECT statement FROM leaf ORDER BY counter DESC")
+	if l.head.Size == 0 {
+		l.book = scope.NewBook()
+		return nil
+	}
+	book, from, err := l.bookUpTo(ctx, l.head)
+	if errors.Is(err, errNoBook) {
+		book, err = l.replay(ctx, l.head)
+	}
 	if err != nil {
 		return err
+	}
+	l.book = book
+	l.keeper.upTo.Store(from)
+	return nil
+}
+
+// replay reads the entries up to that of a head that count: those of the
+// longest window, read backwards, and the events whose effect lasts, of which
+// each names the one before it. So a long record costs nothing.
+func (l *Log) replay(ctx context.Context, head Head) (*scope.Book, error) {
+	book := scope.NewBook()
+	rows, err := l.db.QueryContext(ctx, "SELECT statement FROM leaf WHERE counter <= ? ORDER BY counter DESC", int64(head.Size))
+	if err != nil {
+		return nil, err
 	}
 	defer rows.Close()
 	var recent []*scope.Statement // the latest first
@@ -312,11 +332,11 @@ func (l *Log) remember(ctx context.Context) error {
 	for rows.Next() {
 		var b []byte
 		if err := rows.Scan(&b); err != nil {
-			return err
+			return nil, err
 		}
 		st, err := scope.ParseStatement(b)
 		if err != nil {
-			return fmt.Errorf("%w: %w", ErrDamaged, err)
+			return nil, fmt.Errorf("%w: %w", ErrDamaged, err)
 		}
 		if len(recent) == 0 {
 			oldest = st.Time.Time.Add(-scope.MaxWindow)
@@ -326,31 +346,37 @@ func (l *Log) remember(ctx context.Context) error {
 		recent = append(recent, st)
 	}
 	if err := errors.Join(rows.Err(), rows.Close()); err != nil || len(recent) == 0 {
-		return err
+		return book, err
 	}
-	lasting, err := scope.LastingEvents(recent[0], func(n scope.Counter) (*scope.Statement, error) {
-		var b []byte
-		if err := l.conn.QueryRowContext(ctx, "SELECT statement FROM leaf WHERE counter = ?", int64(n)).Scan(&b); err != nil {
-			return nil, fmt.Errorf("entry %d: %w", n, err)
-		}
-		return scope.ParseStatement(b)
-	})
+	lasting, err := l.lasting(ctx, recent[0])
 	if err != nil {
-		return fmt.Errorf("%w: %w", ErrDamaged, err)
+		return nil, err
 	}
 	first := recent[len(recent)-1].Counter
 	for _, st := range lasting {
 		if st.Counter < first {
-			l.book.Replay(st)
+			book.Replay(st)
 		}
 	}
 	for _, st := range slices.Backward(recent) {
-		if st.Controls != l.book.Lasting() {
-			return fmt.Errorf("%w: entry %d names another event before it than there is", ErrDamaged, st.Counter)
+		if st.Controls != book.Lasting() {
+			return nil, fmt.Errorf("%w: entry %d names another event before it than there is", ErrDamaged, st.Counter)
 		}
-		l.book.Replay(st)
+		book.Replay(st)
 	}
-	return nil
+	return book, nil
+}
+
+// lasting reads the events whose effect lasts, up to an entry.
+func (l *Log) lasting(ctx context.Context, last *scope.Statement) ([]*scope.Statement, error) {
+	list, err := scope.LastingEvents(last, func(n scope.Counter) (*scope.Statement, error) {
+		st, _, err := l.at(ctx, uint64(n))
+		return st, err
+	})
+	if err != nil {
+		return nil, fmt.Errorf("%w: %w", ErrDamaged, err)
+	}
+	return list, nil
 }
 
 func readHead(ctx context.Context, q queryer) (Head, error) {

@@ -261,6 +261,7 @@ func (l *Log) write() {
 		}
 		if stopping {
 			l.checkpoint()
+			l.lastBookOf(l.Head())
 			return
 		}
 		idle.Reset(quiet)
@@ -304,6 +305,7 @@ func (l *Log) commit(group []*request) {
 		}
 		if err == nil && grown {
 			l.anchoring.recorded()
+			l.renewBook(head)
 		}
 	}
 	for _, r := range group {

@@ -52,6 +52,9 @@ func newApp(stdout, stderr io.Writer) *cli.App {
 				&cli.StringSliceFlag{Name: "only", Usage: "only these `SECTIONS`: " + sectionNames()}}, Action: func(c *cli.Context) error {
 				return runBench(c.Context, stdout, c.String("inkan"), c.Duration("time"), c.StringSlice("only"), c.Bool("json"))
 			}},
+			{Name: "bench-start", Usage: "how long it takes to open a long record", Flags: []cli.Flag{asJSON, &cli.IntFlag{Name: "records", Value: 10_000_000, Usage: "`COUNT`, of one day; each takes about a kilobyte below TMPDIR"}}, Action: func(c *cli.Context) error {
+				return runBenchStart(c.Context, stdout, c.Int("records"), c.Bool("json"))
+			}},
 			{Name: "attack", Usage: "attacks on each layer, with the others switched off; fails unless all are refused", Flags: []cli.Flag{inkan, asJSON, &cli.StringSliceFlag{Name: "family", Usage: "only these `NAMES`: " + familyNames()}}, Action: func(c *cli.Context) error {
 				return runAttack(c.Context, stdout, c.String("inkan"), c.StringSlice("family"), c.Bool("json"))
 			}},

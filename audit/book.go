@@ -1,0 +1,189 @@
+package audit
+
+import (
+	"bytes"
+	"context"
+	"crypto/sha256"
+	"encoding/binary"
+	"errors"
+	"fmt"
+	"os"
+	"sync"
+	"sync/atomic"
+
+	"inkan/scope"
+)
+
+// What limits over time need of the entries can be kept beside the record, in a
+// file of its own, so that a start does not read a day's entries again. It is no
+// truth of its own: it is bound to the entry up to which it goes, the entries after
+// that one are read, and a file that does not fit is left aside. Without it a start takes longer.
+const (
+	bookMagic = "INKBOOK1"
+	bookHead  = len(bookMagic) + 8 + 2*sha256.Size
+
+	bookBatch = 10_000 // entries that are read at a time
+)
+
+// bookEvery is after how many entries the file is renewed while the log is open,
+// and lastBook for how many when it is closed: to read fewer takes no time. Tests change them.
+var bookEvery, lastBook uint64 = 500_000, 10_000
+
+func bookFile(path string) string { return path + ".book" }
+
+// errNoBook: there is no file that fits.
+var errNoBook = errors.New("there is no book that fits the record")
+
+// bookOf reads what is kept of a record, and up to which entry it goes.
+func (l *Log) bookOf(ctx context.Context, head Head) (*scope.Book, uint64, error) {
+	b, err := os.ReadFile(bookFile(l.path))
+	if errors.Is(err, os.ErrNotExist) {
+		return nil, 0, errNoBook
+	}
+	if err != nil {
+		return nil, 0, err
+	}
+	if len(b) < bookHead || string(b[:len(bookMagic)]) != bookMagic {
+		return nil, 0, errNoBook
+	}
+	rest := b[len(bookMagic):]
+	counter := binary.BigEndian.Uint64(rest)
+	entry, sum, body := rest[8:8+sha256.Size], rest[8+sha256.Size:8+2*sha256.Size], b[bookHead:]
+	if counter == 0 || counter > head.Size {
+		return nil, 0, errNoBook
+	}
+	st, raw, err := l.at(ctx, counter)
+	if err != nil {
+		return nil, 0, err
+	}
+	if got := sha256.Sum256(raw); !bytes.Equal(got[:], entry) || st.Time.Time.Before(head.Time.Add(-scope.MaxWindow)) {
+		return nil, 0, errNoBook
+	}
+	if got := sha256.Sum256(body); !bytes.Equal(got[:], sum) {
+		return nil, 0, errNoBook
+	}
+	book := scope.NewBook()
+	if err := book.UnmarshalBinary(body); err != nil {
+		return nil, 0, fmt.Errorf("%w: %w", errNoBook, err)
+	}
+	return book, counter, nil
+}
+
+// keepBook writes what is kept. A file that is cut off does not fit, so it is not synced.
+func keepBook(path string, book *scope.Book, counter uint64, entry [32]byte) error {
+	b := make([]byte, bookHead, 1<<20)
+	copy(b, bookMagic)
+	binary.BigEndian.PutUint64(b[len(bookMagic):], counter)
+	copy(b[len(bookMagic)+8:], entry[:])
+	b, err := book.AppendBinary(b)
+	if err != nil {
+		return err
+	}
+	sum := sha256.Sum256(b[bookHead:])
+	copy(b[len(bookMagic)+8+sha256.Size:], sum[:])
+	name := bookFile(path)
+	if err := os.WriteFile(name+".new", b, 0o600); err != nil {
+		return err
+	}
+	return os.Rename(name+".new", name)
+}
+
+// at reads one entry.
+func (l *Log) at(ctx context.Context, counter uint64) (*scope.Statement, []byte, error) {
+	var b []byte
+	if err := l.db.QueryRowContext(ctx, "SELECT statement FROM leaf WHERE counter = ?", int64(counter)).Scan(&b); err != nil {
+		return nil, nil, fmt.Errorf("entry %d: %w", counter, err)
+	}
+	st, err := scope.ParseStatement(b)
+	if err != nil {
+		return nil, nil, fmt.Errorf("%w: entry %d: %w", ErrDamaged, counter, err)
+	}
+	return st, b, nil
+}
+
+// bookUpTo returns what the entries up to that of a head lead to, from what is
+// kept and the entries after it.
+func (l *Log) bookUpTo(ctx context.Context, head Head) (*scope.Book, uint64, error) {
+	book, from, err := l.bookOf(ctx, head)
+	if err != nil {
+		return nil, 0, err
+	}
+	last, _, err := l.at(ctx, head.Size)
+	if err != nil {
+		return nil, 0, err
+	}
+	lasting, err := l.lasting(ctx, last)
+	if err != nil {
+		return nil, 0, err
+	}
+	for _, st := range lasting {
+		if uint64(st.Counter) <= from {
+			book.Recall(st)
+		}
+	}
+	for next := from + 1; next <= head.Size; next += bookBatch {
+		list, err := l.Statements(ctx, next, min(next+bookBatch-1, head.Size))
+		if err != nil {
+			return nil, 0, err
+		}
+		for _, b := range list {
+			st, err := scope.ParseStatement(b)
+			if err != nil {
+				return nil, 0, fmt.Errorf("%w: %w", ErrDamaged, err)
+			}
+			if st.Controls != book.Lasting() {
+				return nil, 0, fmt.Errorf("%w: entry %d names another event before it than there is", ErrDamaged, st.Counter)
+			}
+			book.Replay(st)
+		}
+	}
+	return book, from, nil
+}
+
+// keeper renews the file that is kept while the log is open, on a book of its own:
+// the writer is not held up.
+type keeper struct {
+	upTo    atomic.Uint64 // entry up to which the file goes
+	running atomic.Bool
+	ended   sync.WaitGroup
+}
+
+// renewBook begins to renew the file if there are many entries after it. Only the writer calls it.
+func (l *Log) renewBook(head Head) {
+	k := &l.keeper
+	if head.Size < k.upTo.Load()+bookEvery || !k.running.CompareAndSwap(false, true) {
+		return
+	}
+	k.ended.Go(func() {
+		defer k.running.Store(false)
+		ctx, cancel := context.WithCancel(context.Background())
+		defer cancel()
+		ended := make(chan struct{})
+		defer close(ended)
+		go func() {
+			select {
+			case <-l.stop:
+				cancel() // it is written at the end
+			case <-ended:
+			}
+		}()
+		book, _, err := l.bookUpTo(ctx, head)
+		if errors.Is(err, errNoBook) {
+			book, err = l.replay(ctx, head)
+		}
+		if err == nil {
+			err = keepBook(l.path, book, head.Size, head.Previous)
+		}
+		if err == nil || ctx.Err() == nil {
+			k.upTo.Store(head.Size) // if it could not be, it is tried again with later entries
+		}
+	})
+}
+
+// lastBookOf keeps what the writer has when the log is closed.
+func (l *Log) lastBookOf(head Head) {
+	l.keeper.ended.Wait()
+	if l.Err() == nil && head.Size >= l.keeper.upTo.Load()+lastBook {
+		_ = keepBook(l.path, l.book, head.Size, head.Previous) // without it the next start takes longer
+	}
+}
