@@ -2,6 +2,7 @@ package verify_test
 
 import (
 	"context"
+	"crypto/x509"
 	"database/sql"
 	"encoding/base64"
 	"errors"
@@ -20,18 +21,56 @@ import (
 	"inkan/verify/postgres"
 )
 
-// shared starts a PostgreSQL server and returns what opens a store in it, as
-// one receiver more does.
-func shared(t *testing.T) (open func() (*verify.SQLStore, error), server *simulator.PostgreSQL) {
+// database is a PostgreSQL server for the tests that leave it running; each has
+// a database of its own there.
+var database struct {
+	once   sync.Once
+	dir    string
+	server *simulator.PostgreSQL
+	err    error
+	count  atomic.Int64
+}
+
+func TestMain(m *testing.M) {
+	code := m.Run()
+	if database.server != nil {
+		if err := database.server.Close(); err != nil {
+			fmt.Fprintln(os.Stderr, err)
+			code = 1
+		}
+	}
+	if database.dir != "" {
+		_ = os.RemoveAll(database.dir)
+	}
+	os.Exit(code)
+}
+
+// shared makes a database and returns what opens a store in it, as one receiver
+// more does.
+func shared(t *testing.T) (open func() (*verify.SQLStore, error)) {
 	t.Helper()
-	server = simulator.PostgreSQLForTest(t)
+	database.once.Do(func() {
+		if database.dir, database.err = os.MkdirTemp("", "pg"); database.err == nil { // shorter than t.TempDir
+			database.server, database.err = simulator.StartPostgreSQL(context.Background(), database.dir)
+		}
+	})
+	if database.err != nil {
+		t.Fatal(database.err)
+	}
+	name := fmt.Sprintf("test%d", database.count.Add(1))
+	execute(t, database.server, "CREATE DATABASE "+name)
+	return storeIn(t, database.server, name)
+}
+
+func storeIn(t *testing.T, server *simulator.PostgreSQL, name string) func() (*verify.SQLStore, error) {
+	t.Helper()
 	password := filepath.Join(t.TempDir(), "password")
 	if err := os.WriteFile(password, []byte(server.Password), 0o600); err != nil {
 		t.Fatal(err)
 	}
 	return func() (*verify.SQLStore, error) {
-		return postgres.Open(context.Background(), "replay_db", "postgres://inkan@/inkan?host="+server.Dir, password)
-	}, server
+		return postgres.Open(context.Background(), "replay_db", "postgres://inkan@/"+name+"?host="+server.Dir, password)
+	}
 }
 
 func execute(t *testing.T, server *simulator.PostgreSQL, statement string) {
@@ -51,10 +90,9 @@ func execute(t *testing.T, server *simulator.PostgreSQL, statement string) {
 func durable(t *testing.T) map[string]func() (*verify.SQLStore, error) {
 	t.Helper()
 	file := filepath.Join(t.TempDir(), "seen.db")
-	pg, _ := shared(t)
 	return map[string]func() (*verify.SQLStore, error){
 		"SQLite":     func() (*verify.SQLStore, error) { return verify.OpenSQLiteStore(context.Background(), file) },
-		"PostgreSQL": pg,
+		"PostgreSQL": shared(t),
 	}
 }
 
@@ -138,11 +176,7 @@ func TestLimits(t *testing.T) {
 		"the same order twice":                            {`"duplicate_window_ms":500`, []step{{0, neu, "a", "", "1", "", 0}, {499_999 * us, neu, "b", "", "1", verify.ReasonLimits, 0}, {500_000 * us, neu, "c", "", "1", "", 0}}},
 	}
 	stores := map[string]func(*testing.T) verify.ReplayStore{"memory": func(*testing.T) verify.ReplayStore { return verify.NewMemoryStore(1000, time.Time{}) }}
-	pg, server := shared(t)
-	stores["PostgreSQL"] = func(t *testing.T) verify.ReplayStore {
-		execute(t, server, "DROP TABLE IF EXISTS receiver, received_agent, received_certificate, received")
-		return opened(t, pg)
-	}
+	stores["PostgreSQL"] = func(t *testing.T) verify.ReplayStore { return opened(t, shared(t)) }
 	stores["SQLite"] = func(t *testing.T) verify.ReplayStore {
 		file := filepath.Join(t.TempDir(), "seen.db")
 		return opened(t, func() (*verify.SQLStore, error) { return verify.OpenSQLiteStore(context.Background(), file) })
@@ -308,7 +342,8 @@ func TestReceiversShare(t *testing.T) {
 // TestPostgreSQLGone: without its database a receiver accepts nothing, and goes
 // on when the database is back.
 func TestPostgreSQLGone(t *testing.T) {
-	open, server := shared(t)
+	server := simulator.PostgreSQLForTest(t)
+	open := storeIn(t, server, "inkan")
 	v := newVenue(t)
 	v.rescope(t, oneSlot)
 	v.config.Replay = opened(t, open)
@@ -352,5 +387,39 @@ func TestPostgreSQLGone(t *testing.T) {
 	execute(t, server, "UPDATE receiver SET version = 2")
 	if _, err := open(); err == nil || !strings.Contains(err.Error(), "version 2") {
 		t.Errorf("tables of another version: %v", err)
+	}
+}
+
+// TestForgets: a day later there is room again, and what was kept is gone.
+func TestForgets(t *testing.T) {
+	stores := map[string]verify.ReplayStore{"memory": verify.NewMemoryStore(1, time.Time{})}
+	for name, open := range durable(t) {
+		stores[name] = opened(t, open)
+	}
+	for name, store := range stores {
+		t.Run(name, func(t *testing.T) {
+			v := newVenue(t)
+			v.rescope(t, `"max_orders_per_window":[{"count":1,"window":{"rolling_s":86400}}]`)
+			v.config.Replay, v.config.MaxAttestationAge = store, 48*time.Hour
+			begin := time.Now().UTC().Truncate(us)
+			first := v.sent(t, begin, step{kind: scope.OrderNew, id: "a", qty: "1"})
+			got, err := v.receiver(t).Verify(t.Context(), first, nil)
+			if err != nil {
+				t.Fatal(err)
+			}
+			const later = 26 * time.Hour
+			v.config.Now = func() time.Time { return time.Now().Add(later) }
+			v.agent = v.ca.Agent(t, "a", v.scope.Canonical(), func(c *x509.Certificate) {
+				c.NotBefore, c.NotAfter = time.Now().Add(later-time.Hour), time.Now().Add(later+time.Hour)
+			})
+			if _, err := v.receiver(t).Verify(t.Context(), v.sent(t, begin.Add(later), step{kind: scope.OrderNew, id: "b", qty: "1"}), nil); err != nil {
+				t.Errorf("a day later: %v", err)
+			}
+			if s, ok := store.(*verify.SQLStore); ok {
+				if kept, err := s.Action(t.Context(), got.Statement.ID); err != nil || kept != "" {
+					t.Errorf("the store still has %.60q, %v", kept, err)
+				}
+			}
+		})
 	}
 }

@@ -329,8 +329,24 @@ func (b *bench) verify(context.Context) error {
 	if err != nil {
 		return err
 	}
+	b.check = raw
+	if err := b.receive("verify.Receiver.Verify, warm", benchScope, key, raw); err != nil {
+		return err
+	}
+	limits, err := scope.Parse([]byte(strings.Replace(benchScope, "{", benchLimits, 1)))
+	if err != nil {
+		return err
+	}
+	return b.receive("the same with limits over time", string(limits.Canonical()), key, raw)
+}
+
+// benchLimits begins a scope that has limits over time, too wide to refuse.
+const benchLimits = `{"max_notional_per_window":[{"currency":"EUR","amount":"999999999999","window":{"rolling_s":3600}}],"max_qty_per_window":[{"instrument":"*","qty":"999999999","window":{"day_cut":"22:00"}}],"max_orders_per_window":[{"count":999999999,"window":{"rolling_s":60}}],`
+
+// receive measures a receiver of one agent's orders under a scope, in canonical JSON.
+func (b *bench) receive(name, text string, key *ecdsa.PrivateKey, raw *measurement) error {
 	ca := testca.New(fatal{})
-	leaf := ca.AgentWithKey(fatal{}, "bench", []byte(benchScope), key, nil).Chain[0]
+	leaf := ca.AgentWithKey(fatal{}, "bench", []byte(text), key, nil).Chain[0]
 	config := func() verify.Config {
 		return verify.Config{Audiences: []string{"XPAR"}, Roots: ca.Roots, Revocation: verify.NoRevocation{}, Replay: verify.NewMemoryStore(1<<30, time.Time{}), MaxLifetime: time.Hour, MaxSkew: time.Minute}
 	}
@@ -342,7 +358,7 @@ func (b *bench) verify(context.Context) error {
 	if err != nil {
 		return err
 	}
-	s, err := scope.ParseCanonical([]byte(benchScope))
+	s, err := scope.ParseCanonical([]byte(text))
 	if err != nil {
 		return err
 	}
@@ -352,9 +368,8 @@ func (b *bench) verify(context.Context) error {
 			return err
 		}
 	}
-	b.check = raw
 	next := 0
-	_, err = b.run("verify.Receiver.Verify, warm", 1, raw, func(int) error {
+	_, err = b.run(name, 1, raw, func(int) error {
 		if next == len(list) { // again, for a receiver that has not seen them
 			if r, err = verify.NewReceiver(config()); err != nil {
 				return err
