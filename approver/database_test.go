@@ -473,3 +473,15 @@ func (d *desk) serverPEM(t testing.TB, name string) (certificate, key []byte) {
 	}
 	return certificate, key
 }
+
+func TestExamples(t *testing.T) {
+	for _, name := range []string{"approver.yaml", "approver-shared.yaml"} {
+		b, err := os.ReadFile(filepath.Join("../examples", name))
+		if err != nil {
+			t.Fatal(err)
+		}
+		if _, err := approver.ParseConfig(b, "../examples"); err != nil {
+			t.Errorf("%s: %v", name, err)
+		}
+	}
+}
