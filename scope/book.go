@@ -1,6 +1,7 @@
 package scope
 
 import (
+	"cmp"
 	"fmt"
 	"maps"
 	"slices"
@@ -290,13 +291,9 @@ func (b *Book) Usage(s *Scope, at time.Time) []Utilisation {
 			_, off := b.disabled[""]
 			add(l, "").Disabled = off
 		case l.rule == RuleThrottle:
-			for _, key := range slices.Sorted(maps.Keys(b.strategies)) {
+			for _, key := range b.busiest(l, t) {
 				_, off := b.disabled[key]
-				if x := add(l, key); off || x.Used != "0" {
-					x.Disabled = off
-				} else {
-					out = out[:len(out)-1]
-				}
+				add(l, key).Disabled = off
 			}
 		case l.key == "*":
 			for _, key := range slices.Sorted(maps.Keys(b.instruments)) {
@@ -317,4 +314,40 @@ func (b *Book) Usage(s *Scope, at time.Time) []Utilisation {
 		slices.SortStableFunc(out[first:n], func(a, b Utilisation) int { return strings.Compare(a.Key, b.Key) })
 	}
 	return out
+}
+
+// maxStrategies bounds how many algorithms [Book.Usage] lists: their names come from the agent.
+const maxStrategies = 64
+
+// busiest lists the algorithms that are disabled or were executed in a window: if
+// they are many, those that were executed most often.
+func (b *Book) busiest(l *limit, t int64) []string {
+	type used struct {
+		key string
+		off bool
+		n   uint64
+	}
+	var all []used
+	for key := range b.strategies {
+		m := b.measure(l, key, nil, t, true)
+		_, off := b.disabled[key]
+		if off || m.count > 0 {
+			all = append(all, used{key, off, m.count})
+		}
+	}
+	slices.SortFunc(all, func(a, b used) int {
+		if a.off != b.off {
+			if a.off {
+				return -1
+			}
+			return 1
+		}
+		return cmp.Or(cmp.Compare(b.n, a.n), strings.Compare(a.key, b.key))
+	})
+	var keys []string
+	for _, x := range all[:min(len(all), maxStrategies)] {
+		keys = append(keys, x.key)
+	}
+	slices.Sort(keys)
+	return keys
 }

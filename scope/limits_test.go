@@ -234,3 +234,23 @@ func TestExplainEach(t *testing.T) {
 		t.Errorf("a minute later: %v", all)
 	}
 }
+
+// TestUsageOfStrategies: an agent that invents names does not flood the operators' view.
+func TestUsageOfStrategies(t *testing.T) {
+	s := overTime(t, `"repeat_execution_throttle":[{"count":10,"window":{"rolling_s":60},"per":"strategy"}]`)
+	b := scope.NewBook()
+	u := order{"order.new", "1", "", "X", "1", "1", "0", "", "", "XPAR"}.use(t, s, noon)
+	for i := range 500 {
+		u.Strategy, u.ClOrdID = fmt.Sprint(i), fmt.Sprint(i)
+		b.Add(u)
+	}
+	u.Strategy = "499"
+	b.Add(u)
+	usage := b.Usage(s, noon)
+	if len(usage) != 64 || usage[len(usage)-1].Key != "499" || usage[len(usage)-1].Used != "2" {
+		t.Errorf("%d are listed: %v", len(usage), usage)
+	}
+	if usage := b.Usage(s, noon.Add(time.Minute)); len(usage) != 0 {
+		t.Errorf("a minute later %d are listed", len(usage))
+	}
+}
