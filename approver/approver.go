@@ -108,7 +108,8 @@ func refuse(rule scope.Rule, format string, a ...any) error {
 // Approver decides on authorizations. It is safe for concurrent use.
 type Approver struct {
 	config     *Config
-	key        crypto.Signer // used by Decide alone, through attest.Authorize
+	key        crypto.Signer
+	consent    *attest.ApproverKey // the same, used by Decide alone
 	ref        []byte
 	roots      *x509.CertPool
 	revocation verify.Revocation
@@ -136,17 +137,14 @@ type credential struct {
 
 // New makes an approver. It does not close the record.
 func New(c *Config, key crypto.Signer, roots *x509.CertPool, revocation verify.Revocation, record *Record, log *slog.Logger) (*Approver, error) {
-	pub, ok := key.Public().(*ecdsa.PublicKey)
-	if !ok {
-		return nil, errors.New("approver key: a P-256 key is expected")
-	}
-	if _, err := attest.ApproverID(pub); err != nil {
-		return nil, fmt.Errorf("approver key: %w", err)
+	consent, err := attest.NewApproverKey(key)
+	if err != nil {
+		return nil, err
 	}
 	if revocation == nil {
 		return nil, errors.New("approver: there is no way to know what was revoked")
 	}
-	return &Approver{config: c, key: key, ref: attest.PolicyRef(c.TrustDomain), roots: roots, revocation: revocation, record: record, log: log, metrics: newMetrics(), now: time.Now,
+	return &Approver{config: c, key: key, consent: consent, ref: attest.PolicyRef(c.TrustDomain), roots: roots, revocation: revocation, record: record, log: log, metrics: newMetrics(), now: time.Now,
 		known: make(map[[32]byte]*credential)}, nil
 }
 
@@ -198,7 +196,7 @@ func (a *Approver) Decide(ctx context.Context, client *x509.Certificate, r *Requ
 	// 5. The digest is of what the receiver will see, and the command is the one
 	// that signs it with the certified key: both are computed here.
 	digest := sha256.Sum256(cred.header.SigningInput(r.Statement))
-	x, err := attest.Authorize(a.key, r.Nonce, attest.SignCommandHash(cred.name, digest), a.ref)
+	x, err := a.consent.Authorize(r.Nonce, attest.SignCommandHash(cred.name, digest), a.ref)
 	if err != nil {
 		a.log.ErrorContext(ctx, "the approver's key does not sign", "error", err)
 		return nil, refuse(RuleKey, "the approver's key does not sign; its log says why")

@@ -233,9 +233,15 @@ func authorizationHash(nonceTPM []byte, cpHash [32]byte, policyRef []byte) ([32]
 	return sha256.Sum256(append(b, AuthorizationRef(policyRef)...)), nil
 }
 
-// Authorize signs an authorization with an approver's P-256 key. It is the only
-// use of such a key. The caller has decided on the action; cpHash is from [SignCommandHash].
-func Authorize(key crypto.Signer, nonceTPM []byte, cpHash [32]byte, policyRef []byte) (*Authorization, error) {
+// ApproverKey is an approver's P-256 key. Its only use is [ApproverKey.Authorize].
+type ApproverKey struct {
+	key crypto.Signer
+	pub *ecdsa.PublicKey
+	id  string
+}
+
+// NewApproverKey refuses a key that is not on P-256.
+func NewApproverKey(key crypto.Signer) (*ApproverKey, error) {
 	pub, ok := key.Public().(*ecdsa.PublicKey)
 	if !ok {
 		return nil, errors.New("approver key: a P-256 key is expected")
@@ -244,33 +250,53 @@ func Authorize(key crypto.Signer, nonceTPM []byte, cpHash [32]byte, policyRef []
 	if err != nil {
 		return nil, fmt.Errorf("approver key: %w", err)
 	}
+	return &ApproverKey{key, pub, id}, nil
+}
+
+// Authorize is [ApproverKey.Authorize] for one use of a key.
+func Authorize(key crypto.Signer, nonceTPM []byte, cpHash [32]byte, policyRef []byte) (*Authorization, error) {
+	k, err := NewApproverKey(key)
+	if err != nil {
+		return nil, err
+	}
+	return k.Authorize(nonceTPM, cpHash, policyRef)
+}
+
+// Authorize signs an authorization. The caller has decided on the action;
+// cpHash is from [SignCommandHash].
+func (k *ApproverKey) Authorize(nonceTPM []byte, cpHash [32]byte, policyRef []byte) (*Authorization, error) {
 	hash, err := authorizationHash(nonceTPM, cpHash, policyRef)
 	if err != nil {
 		return nil, err
 	}
-	der, err := key.Sign(rand.Reader, hash[:], crypto.SHA256)
+	der, err := k.key.Sign(rand.Reader, hash[:], crypto.SHA256)
 	if err != nil {
 		return nil, fmt.Errorf("signing with the approver key: %w", err)
 	}
-	if !ecdsa.VerifyASN1(pub, hash[:], der) {
+	if !ecdsa.VerifyASN1(k.pub, hash[:], der) {
 		return nil, errors.New("signing with the approver key: its signature does not verify")
 	}
 	sig, err := ecdsaSignature(der)
 	if err != nil {
 		return nil, fmt.Errorf("approver key: %w", err)
 	}
-	return &Authorization{Approver: id, Expiration: AuthorizationSeconds, Signature: sig}, nil
+	return &Authorization{Approver: k.id, Expiration: AuthorizationSeconds, Signature: sig}, nil
 }
 
 // VerifyAuthorization returns nil if the approver with this TPMT_PUBLIC gave the
 // authorization, for this session's nonce and this command.
 func VerifyAuthorization(approver []byte, a *Authorization, nonceTPM []byte, cpHash [32]byte, policyRef []byte) error {
-	if a.Expiration != AuthorizationSeconds {
-		return fmt.Errorf("its expiration is %d s, %d is expected", a.Expiration, AuthorizationSeconds)
-	}
 	key, err := PublicKey(approver)
 	if err != nil {
 		return err
+	}
+	return VerifyAuthorizationBy(key, a, nonceTPM, cpHash, policyRef)
+}
+
+// VerifyAuthorizationBy is [VerifyAuthorization] for a key from [PublicKey].
+func VerifyAuthorizationBy(key any, a *Authorization, nonceTPM []byte, cpHash [32]byte, policyRef []byte) error {
+	if a.Expiration != AuthorizationSeconds {
+		return fmt.Errorf("its expiration is %d s, %d is expected", a.Expiration, AuthorizationSeconds)
 	}
 	hash, err := authorizationHash(nonceTPM, cpHash, policyRef)
 	if err != nil {

@@ -8,6 +8,7 @@ import (
 	"time"
 
 	"github.com/google/go-tpm/tpm2"
+	"github.com/google/go-tpm/tpm2/transport"
 
 	"inkan/attest"
 )
@@ -49,6 +50,26 @@ type parked struct {
 	epoch   int // of the device, when it was begun
 	begun   time.Time
 	spoiled bool // its policy was begun and not used
+
+	of   *prepared         // the approval that it was used under last
+	made map[string][]byte // commands for it, as they go to the TPM
+}
+
+// send sends a command that is the same for each use of the session under an
+// approval: it is made once, since that takes as long as sending it.
+func (p *parked) send(l *link, x *prepared, what string, first func(transport.TPM) error) error {
+	if p.of != x {
+		p.of, p.made = x, make(map[string][]byte)
+	}
+	if b := p.made[what]; b != nil {
+		return l.replay(b)
+	}
+	to := &recorder{link: l}
+	err := first(to)
+	if err == nil && len(to.sent) == 1 {
+		p.made[what] = to.sent[0]
+	}
+	return err
 }
 
 // errStale: the session or its time is gone. A second attempt asks again.
@@ -116,6 +137,7 @@ func (d *Device) giveBack(p *parked) {
 type candidate struct {
 	policy *attest.ApprovedPolicy
 	ids    []string // of its approvers
+	keys   []any    // likewise
 }
 
 // signApproved signs in approver mode. If the TPM lost the session meanwhile,
@@ -142,12 +164,12 @@ func (k *Key) tryApproved(digest, message []byte, a Authorizer) (*tpm2.TPMSSigna
 	cpHash := attest.SignCommandHash(k.name, [32]byte(digest))
 	got := make(map[string]*attest.Authorization)
 	err = a.Authorize(bytes.Clone(nonce), func(approver string, expiration int32, signature []byte) (bool, error) {
-		area := u.area(approver)
-		if area == nil {
+		key := u.approverKey(approver)
+		if key == nil {
 			return false, fmt.Errorf("approver %.80q is not one that the policy key approved", approver)
 		}
 		x := &attest.Authorization{Approver: approver, Expiration: expiration, Signature: signature}
-		if err := attest.VerifyAuthorization(area, x, nonce, cpHash, u.policies.Ref); err != nil {
+		if err := attest.VerifyAuthorizationBy(key, x, nonce, cpHash, u.policies.Ref); err != nil {
 			return false, fmt.Errorf("authorization of approver %s: %w", approver, err)
 		}
 		got[approver] = x
@@ -172,11 +194,12 @@ func (k *Key) tryApproved(digest, message []byte, a Authorizer) (*tpm2.TPMSSigna
 	return sig, err
 }
 
-func (u *use) area(id string) []byte {
+// approverKey is the public key of an approver, nil if it is nobody's.
+func (u *use) approverKey(id string) any {
 	for _, c := range u.candidates {
 		for i, x := range c.ids {
 			if x == id {
-				return c.policy.Approvers[i]
+				return c.keys[i]
 			}
 		}
 	}
@@ -226,10 +249,13 @@ func (k *Key) signIn(p *parked, u *use, satisfied []candidate, got map[string]*a
 			return nil, answer(err)
 		}
 	}
-	if _, err := (tpm2.PolicyAuthorize{
-		PolicySession: session, ApprovedPolicy: tpm2.TPM2BDigest{Buffer: x.digest}, PolicyRef: tpm2.TPM2BDigest{Buffer: x.ref},
-		KeySign: x.authority.name, CheckTicket: x.authority.ticket,
-	}).Execute(d.link); err != nil {
+	if err := p.send(d.link, x, "authorize", func(to transport.TPM) error {
+		_, err := tpm2.PolicyAuthorize{
+			PolicySession: session, ApprovedPolicy: tpm2.TPM2BDigest{Buffer: x.digest}, PolicyRef: tpm2.TPM2BDigest{Buffer: x.ref},
+			KeySign: x.authority.name, CheckTicket: x.authority.ticket,
+		}.Execute(to)
+		return err
+	}); err != nil {
 		return nil, answer(err)
 	}
 	if err := k.load(); err != nil {
@@ -262,11 +288,14 @@ func (k *Key) approvedState(p *parked, u *use, satisfied []candidate) (*prepared
 		if err != nil {
 			return nil, err
 		}
-		if _, err = (tpm2.PolicyPCR{PolicySession: p.session.Handle(), PcrDigest: tpm2.TPM2BDigest{Buffer: x.pcrDigest}, Pcrs: x.selection}).Execute(d.link); err != nil || c.policy.Epoch == 0 {
+		if err = p.send(d.link, x, "pcr", func(to transport.TPM) error {
+			_, err := tpm2.PolicyPCR{PolicySession: p.session.Handle(), PcrDigest: tpm2.TPM2BDigest{Buffer: x.pcrDigest}, Pcrs: x.selection}.Execute(to)
+			return err
+		}); err != nil || c.policy.Epoch == 0 {
 			return x, err
 		}
 		p.spoiled = true // the session has the PCRs in it
-		err = policyEpoch(d.link, c.policy.Epoch, p.session.Handle())
+		err = epochGone(p.send(d.link, x, "epoch", func(to transport.TPM) error { return policyEpoch(to, c.policy.Epoch, p.session.Handle()) }))
 		if errors.Is(err, tpm2.TPMRCPolicy) {
 			k.last = "" // it has ended: begin anew with what has not
 			err = errStale

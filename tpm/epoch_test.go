@@ -5,6 +5,7 @@ import (
 	"errors"
 	"strings"
 	"testing"
+	"time"
 
 	"github.com/google/go-tpm/tpm2"
 	"github.com/google/go-tpm/tpm2/transport/linuxudstpm"
@@ -130,6 +131,15 @@ func TestEpochRetiresApprover(t *testing.T) {
 		if err := approved(k, "x", nil, fresh); err != nil {
 			t.Fatalf("the fresh one: %v", err)
 		}
+	}
+	for range 10 { // each refusal costs a session that was begun
+		if err := approved(k, "x", nil, old); err == nil {
+			t.Fatal("signed under the old approver")
+		}
+	}
+	time.Sleep(300 * time.Millisecond) // idle by now: the device has left the TPM
+	if n := leftOver(t, h); n != 0 {
+		t.Errorf("%d handles and sessions are left in the TPM", n)
 	}
 }
 

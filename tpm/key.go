@@ -153,9 +153,19 @@ func newUse(p *Policies, area []byte) *use {
 	}
 	u.local = attest.UsableWith(p.Approved, attest.ModeLocal, epochs, 0)
 	for _, a := range attest.UsableWith(p.Approved, attest.ModeApprover, epochs, 0) {
-		if ids, err := a.ApproverIDs(); err == nil { // a malformed one serves nobody
-			u.candidates = append(u.candidates, candidate{&a, ids})
+		c := candidate{policy: &a}
+		var err error
+		if c.ids, err = a.ApproverIDs(); err != nil {
+			continue // a malformed one serves nobody
 		}
+		for _, area := range a.Approvers {
+			k, err := attest.PublicKey(area)
+			if err != nil {
+				break // ApproverIDs has read it
+			}
+			c.keys = append(c.keys, k)
+		}
+		u.candidates = append(u.candidates, c)
 	}
 	return u
 }
