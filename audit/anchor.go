@@ -38,12 +38,11 @@ type Reading struct {
 	Slack    uint64   // how far it may have jumped up then
 }
 
-// Bounds of binding a record to its anchor.
-const (
-	// anchorPatience is for how long nothing is refused while the anchor does not answer.
-	anchorPatience = 10 * time.Second
-	lastBinding    = 10 * time.Second // for binding what is left when the log is closed
-)
+const lastBinding = 10 * time.Second // for binding what is left when the log is closed
+
+// anchorPatience is for how long nothing is refused while the anchor does not
+// answer. Tests change it.
+var anchorPatience = 10 * time.Second
 
 const anchorSchema = `
 CREATE TABLE IF NOT EXISTS bound(
