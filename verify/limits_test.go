@@ -390,6 +390,42 @@ func TestPostgreSQLGone(t *testing.T) {
 	}
 }
 
+// TestForgetsAtTheStart: what agents left behind that do not come any more is
+// gone when a receiver starts.
+func TestForgetsAtTheStart(t *testing.T) {
+	for name, open := range durable(t) {
+		t.Run(name, func(t *testing.T) {
+			v := newVenue(t)
+			s := opened(t, open)
+			v.config.Replay, v.config.MaxAttestationAge = s, 48*time.Hour
+			ids := make(map[time.Duration]string)
+			for _, ago := range []time.Duration{0, 26 * time.Hour} {
+				v.config.Now = func() time.Time { return time.Now().Add(-ago) }
+				v.agent = v.ca.Agent(t, "a", v.scope.Canonical(), func(c *x509.Certificate) {
+					c.NotBefore, c.NotAfter = time.Now().Add(-ago-time.Hour), time.Now().Add(-ago+time.Hour)
+				})
+				got, err := v.receiver(t).Verify(t.Context(), v.sent(t, time.Now().UTC().Truncate(us).Add(-ago), step{kind: scope.OrderNew, id: "a", qty: "1"}), nil)
+				if err != nil {
+					t.Fatal(err)
+				}
+				ids[ago] = got.Statement.ID
+			}
+			again := opened(t, open)
+			for ago, id := range ids {
+				if kept, err := again.Action(t.Context(), id); err != nil || (kept == "") != (ago > 0) {
+					t.Errorf("of %s ago the store has %.60q, %v", ago, kept, err)
+				}
+			}
+			v.config.Replay = again
+			v.config.Now = nil
+			v.agent = v.ca.Agent(t, "a", v.scope.Canonical(), nil)
+			if _, err := v.receiver(t).Verify(t.Context(), []byte(v.action(t, nil)), nil); err != nil {
+				t.Error(err)
+			}
+		})
+	}
+}
+
 // TestForgets: a day later there is room again, and what was kept is gone.
 func TestForgets(t *testing.T) {
 	stores := map[string]verify.ReplayStore{"memory": verify.NewMemoryStore(1, time.Time{})}

@@ -115,7 +115,55 @@ func NewSQLStore(ctx context.Context, db *sql.DB) (*SQLStore, error) {
 	if version != schemaVersion {
 		return nil, fmt.Errorf("its tables are of version %d, this program knows version %d", version, schemaVersion)
 	}
-	return &SQLStore{db: db, agents: make(map[string]*shelf)}, tx.Commit()
+	if err := tx.Commit(); err != nil {
+		return nil, err
+	}
+	s := &SQLStore{db: db, agents: make(map[string]*shelf)}
+	return s, s.sweep(ctx, time.Now())
+}
+
+// sweep deletes what is too old, of agents that do not come any more too. A use
+// deletes its own agent's; both lock the agent's row first.
+func (s *SQLStore) sweep(ctx context.Context, now time.Time) error {
+	old := now.Add(-remembered).UnixMicro()
+	rows, err := s.db.QueryContext(ctx, "SELECT DISTINCT agent FROM received WHERE at < $1 AND until < $2", old, now.UnixMicro())
+	if err != nil {
+		return err
+	}
+	var agents []string
+	for rows.Next() {
+		var agent string
+		if err := rows.Scan(&agent); err != nil {
+			return errors.Join(err, rows.Close())
+		}
+		agents = append(agents, agent)
+	}
+	if err := errors.Join(rows.Err(), rows.Close()); err != nil {
+		return err
+	}
+	for _, agent := range agents {
+		if err := s.sweepAgent(ctx, agent, old, now.UnixMicro()); err != nil {
+			return err
+		}
+	}
+	// A certificate lives for a day, so none of these is shown again.
+	_, err = s.db.ExecContext(ctx, "DELETE FROM received_certificate WHERE until < $1 AND key NOT IN (SELECT key FROM received)", old)
+	return err
+}
+
+func (s *SQLStore) sweepAgent(ctx context.Context, agent string, old, now int64) error {
+	tx, err := s.db.BeginTx(ctx, nil)
+	if err != nil {
+		return err
+	}
+	defer func() { _ = tx.Rollback() }() // after Commit it does nothing
+	if _, err := tx.ExecContext(ctx, "UPDATE received_agent SET n = n WHERE agent = $1", agent); err != nil {
+		return err
+	}
+	if _, err := tx.ExecContext(ctx, "DELETE FROM received WHERE agent = $1 AND at < $2 AND until < $3", agent, old, now); err != nil {
+		return err
+	}
+	return tx.Commit()
 }
 
 // Close closes the database.
