@@ -117,6 +117,7 @@ var sections = []section{
 	{"record", "the durable record alone", (*bench).record},
 	{"appraise", "the appraisal of evidence alone", (*bench).appraise},
 	{"token", "a signed action, the key in SoftHSM, beside C_Sign", (*bench).token},
+	{"wire", "the proxy, its key in swtpm and in SoftHSM; what the gate adds to a request and inkan run to a start", (*bench).wires},
 	{"slow-token", "a token of 5 ms a signature, as a cloud's is", (*bench).slowToken},
 }
 

@@ -238,25 +238,3 @@ func cpuOf(pid int) (cpu, error) {
 	}
 	return c, nil
 }
-
-// ticks reads the user and system time of a process (proc(5), stat, fields 14
-// and 15, in hundredths of a second).
-func ticks(pid int) (time.Duration, error) {
-	b, err := os.ReadFile(fmt.Sprintf("/proc/%d/stat", pid))
-	if err != nil {
-		return 0, err
-	}
-	fields := strings.Fields(string(b[bytes.LastIndexByte(b, ')')+1:]))
-	if len(fields) < 13 {
-		return 0, errors.New("malformed /proc/PID/stat")
-	}
-	var sum time.Duration
-	for _, f := range fields[11:13] {
-		n, err := strconv.ParseInt(f, 10, 64)
-		if err != nil {
-			return 0, err
-		}
-		sum += time.Duration(n) * 10 * time.Millisecond
-	}
-	return sum, nil
-}

@@ -21,6 +21,9 @@ func (w *world) keyFlags() []string {
 		}
 		return []string{"--approver"}
 	}
+	if w.tlsURI != "" {
+		return []string{"--tls-hsm"}
+	}
 	return []string{"--tls"}
 }
 
@@ -28,6 +31,9 @@ func (w *world) keyFlags() []string {
 func (w *world) keyLine() string {
 	if w.bindAtOnce {
 		return "    cancel_without_approver: true\n    rollback_interval: 0s\n"
+	}
+	if w.tlsURI != "" {
+		return fmt.Sprintf("    tls_key: \"%s\"\n", w.tlsURI)
 	}
 	if w.keyURI == "" {
 		return ""

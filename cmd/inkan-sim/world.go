@@ -47,6 +47,7 @@ type world struct {
 	epoch        uint64 // of the host
 	approverAt   []string
 	keyURI       string // of the action key in the token; empty: it is in the TPM
+	tlsURI       string // of the TLS key in the token; empty: it is in the TPM
 	plainURI     string // the same with the PIN in a file, before it was sealed
 }
 
