@@ -8,6 +8,7 @@ import (
 	"errors"
 	"fmt"
 	"os"
+	"runtime"
 	"sync"
 	"sync/atomic"
 
@@ -25,9 +26,13 @@ const (
 	bookBatch = 10_000 // entries that are read at a time
 )
 
-// bookEvery is after how many entries the file is renewed while the log is open,
-// and lastBook for how many when it is closed: to read fewer takes no time. Tests change them.
-var bookEvery, lastBook uint64 = 500_000, 10_000
+// maxBook bounds after how many entries the file is renewed while the log is open.
+const maxBook = 500_000
+
+// bookEvery is after how many it is renewed at first; later after a twentieth of
+// those that there are, since the file has grown. lastBook is for how many it is
+// renewed when the log is closed. Tests change them.
+var bookEvery, lastBook uint64 = 50_000, 10_000
 
 func bookFile(path string) string { return path + ".book" }
 
@@ -126,11 +131,11 @@ func (l *Log) bookUpTo(ctx context.Context, head Head) (*scope.Book, uint64, err
 		if err != nil {
 			return nil, 0, err
 		}
-		for _, b := range list {
-			st, err := scope.ParseStatement(b)
-			if err != nil {
-				return nil, 0, fmt.Errorf("%w: %w", ErrDamaged, err)
-			}
+		statements, err := parseAll(list)
+		if err != nil {
+			return nil, 0, err
+		}
+		for _, st := range statements {
 			if st.Controls != book.Lasting() {
 				return nil, 0, fmt.Errorf("%w: entry %d names another event before it than there is", ErrDamaged, st.Counter)
 			}
@@ -138,6 +143,25 @@ func (l *Log) bookUpTo(ctx context.Context, head Head) (*scope.Book, uint64, err
 		}
 	}
 	return book, from, nil
+}
+
+// parseAll reads statements on all processors.
+func parseAll(list [][]byte) ([]*scope.Statement, error) {
+	out := make([]*scope.Statement, len(list))
+	errs := make([]error, runtime.GOMAXPROCS(0))
+	var wg sync.WaitGroup
+	for w := range errs {
+		wg.Go(func() {
+			for i := w; i < len(list) && errs[w] == nil; i += len(errs) {
+				out[i], errs[w] = scope.ParseStatement(list[i])
+			}
+		})
+	}
+	wg.Wait()
+	if err := errors.Join(errs...); err != nil {
+		return nil, fmt.Errorf("%w: %w", ErrDamaged, err)
+	}
+	return out, nil
 }
 
 // keeper renews the file that is kept while the log is open, on a book of its own:
@@ -151,7 +175,8 @@ type keeper struct {
 // renewBook begins to renew the file if there are many entries after it. Only the writer calls it.
 func (l *Log) renewBook(head Head) {
 	k := &l.keeper
-	if head.Size < k.upTo.Load()+bookEvery || !k.running.CompareAndSwap(false, true) {
+	upTo := k.upTo.Load()
+	if head.Size < upTo+min(max(bookEvery, upTo/20), maxBook) || !k.running.CompareAndSwap(false, true) {
 		return
 	}
 	k.ended.Go(func() {
