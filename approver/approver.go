@@ -38,6 +38,7 @@ const (
 	RuleClient      scope.Rule = "client"              // the TLS client is not the agent of the statement
 	RuleAgent       scope.Rule = "agent"               // the agent is not one that this approver answers
 	RuleCertificate scope.Rule = "certificate"         // the certificate is malformed, not for actions, or not of this CA
+	RuleKillState   scope.Rule = "kill_state_unknown"  // whether the issuer stopped the agent is not known freshly enough
 	RuleRevoked     scope.Rule = "certificate_revoked" // it was revoked
 	RuleRevocation  scope.Rule = "revocation_unknown"  // whether it was is not known freshly enough
 	RuleMode        scope.Rule = "mode"                // the key is not one in approver mode in a TPM
@@ -113,6 +114,7 @@ type Approver struct {
 	ref        []byte
 	roots      *x509.CertPool
 	revocation verify.Revocation
+	kills      verify.Kills // nil: nobody is asked
 	record     *Record
 	log        *slog.Logger
 	metrics    *metrics
@@ -144,7 +146,11 @@ func New(c *Config, key crypto.Signer, roots *x509.CertPool, revocation verify.R
 	if revocation == nil {
 		return nil, errors.New("approver: there is no way to know what was revoked")
 	}
-	return &Approver{config: c, key: key, consent: consent, ref: attest.PolicyRef(c.TrustDomain), roots: roots, revocation: revocation, record: record, log: log, metrics: newMetrics(), now: time.Now,
+	var kills verify.Kills
+	if c.Kills != "" {
+		kills = &verify.KillList{Load: verify.HTTPLoader(c.Kills), MaxAge: c.maxKillAge}
+	}
+	return &Approver{kills: kills, config: c, key: key, consent: consent, ref: attest.PolicyRef(c.TrustDomain), roots: roots, revocation: revocation, record: record, log: log, metrics: newMetrics(), now: time.Now,
 		known: make(map[[32]byte]*credential)}, nil
 }
 
@@ -171,6 +177,10 @@ func (a *Approver) Decide(ctx context.Context, client *x509.Certificate, r *Requ
 		return nil, err
 	}
 	if err := times(st, now); err != nil {
+		return nil, err
+	}
+
+	if err := a.killed(ctx, cred, st, now); err != nil {
 		return nil, err
 	}
 
@@ -202,6 +212,20 @@ func (a *Approver) Decide(ctx context.Context, client *x509.Certificate, r *Requ
 		return nil, refuse(RuleKey, "the approver's key does not sign; its log says why")
 	}
 	return x, nil
+}
+
+// killed asks the issuer's list, where it is configured. Cancels pass.
+func (a *Approver) killed(ctx context.Context, cred *credential, st *scope.Statement, now time.Time) error {
+	if a.kills == nil || st.Kind.ReducesRisk() {
+		return nil
+	}
+	err := a.kills.Check(ctx, st.Agent, st.Audience, cred.issuer, now)
+	if errors.Is(err, &verify.Refusal{Reason: verify.ReasonKilled}) {
+		return refuse(scope.RuleKill, "the issuer's list: %v", err)
+	} else if err != nil {
+		return refuse(RuleKillState, "%v", err)
+	}
+	return nil
 }
 
 // env is what a statement's action is checked against.

@@ -29,6 +29,8 @@ type Config struct {
 	CA               string        `json:"ca"`                             // PEM file with the issuer's CA certificate
 	CRL              string        `json:"crl_url"`                        // the issuer's revocation list
 	MaxRevocationAge string        `json:"max_revocation_age,omitempty"`   // 1h by default
+	Kills            string        `json:"kills_url,omitempty"`            // the issuer's kill list; without it kills are known from agents' entries alone
+	MaxKillAge       string        `json:"max_kill_age,omitempty"`         // 1m by default
 	MaxAttestation   string        `json:"max_attestation_age,omitempty"`  // 24h by default
 	Record           string        `json:"record"`                         // file of this approver's own record, or URL of the one that several share, see [OpenSharedRecord]
 	PasswordFile     string        `json:"record_password_file,omitempty"` // file with the password of the database's user
@@ -37,6 +39,7 @@ type Config struct {
 	Agents           []AgentConfig `json:"agents"`
 
 	maxRevocationAge, maxAttestation time.Duration
+	maxKillAge                       time.Duration
 	agents                           map[string]*AgentConfig // by SPIFFE ID
 	regions                          source.Regions          // nil: there are none
 }
@@ -88,6 +91,7 @@ func (c *Config) validate(dir string) error {
 		standard, max time.Duration
 	}{
 		{"max_revocation_age", c.MaxRevocationAge, &c.maxRevocationAge, time.Hour, 7 * 24 * time.Hour},
+		{"max_kill_age", c.MaxKillAge, &c.maxKillAge, time.Minute, time.Hour},
 		{"max_attestation_age", c.MaxAttestation, &c.maxAttestation, 24 * time.Hour, 24 * time.Hour},
 	} {
 		if *d.to = d.standard; d.text == "" {

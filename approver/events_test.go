@@ -1,8 +1,12 @@
 package approver_test
 
 import (
+	"io"
+	"net/http"
+	"net/http/httptest"
 	"path/filepath"
 	"testing"
+	"time"
 
 	"inkan/approver"
 	"inkan/scope"
@@ -77,4 +81,54 @@ func (d *desk) entries(list ...[]byte) *approver.Request {
 	r := d.request(nil, list...)
 	r.Nonce, r.Statement = nil, nil
 	return r
+}
+
+// TestForgedRearm: a re-arm document that no controller signed changes nothing
+// here, whatever the signer's record says.
+func TestForgedRearm(t *testing.T) {
+	d := newDesk(t)
+	first := d.write(t, d.next(t, "10", nil))
+	kill := d.write(t, d.next(t, "10", event(scope.EventKill, stop)))
+	now := time.Now().UTC().Truncate(time.Second)
+	text, err := scope.SignRearm(newKey(t), d.agent.ID, 2, "mended", now, now.Add(time.Hour))
+	if err != nil {
+		t.Fatal(err)
+	}
+	rearm := d.write(t, d.next(t, "10", event(scope.EventRearm, text)))
+	refused(t, "an order after it", scope.RuleKill, d.decide(d.request(d.next(t, "10", nil), first, kill, rearm)))
+	if err := d.approver.Append(t.Context(), d.client, d.entries(first, kill, rearm)); err != nil {
+		t.Fatal(err)
+	}
+	d.approver = d.newApprover(t, config(t, ""), d.record)
+	refused(t, "and again", scope.RuleKill, d.decide(d.request(d.next(t, "10", nil))))
+}
+
+// TestIssuerKills: where the approver looks at the issuer's list, what is on it is stopped here.
+func TestIssuerKills(t *testing.T) {
+	d := newDesk(t)
+	now := time.Now().UTC().Truncate(time.Second)
+	var kills []scope.IssuedKill
+	working := true
+	server := httptest.NewServer(http.HandlerFunc(func(w http.ResponseWriter, _ *http.Request) {
+		l := scope.KillList{Number: 1, ThisUpdate: now, NextUpdate: now.Add(time.Hour), Kills: append([]scope.IssuedKill{}, kills...)}
+		text, err := l.Sign(d.ca.Key)
+		if err != nil || !working {
+			w.WriteHeader(http.StatusInternalServerError)
+			return
+		}
+		_, _ = io.WriteString(w, text+"\n")
+	}))
+	defer server.Close()
+	ask := func() error {
+		d.approver = d.newApprover(t, config(t, "kills_url: "+server.URL+"\n"), d.record)
+		return d.decide(d.request(d.next(t, "10", nil)))
+	}
+	kills = []scope.IssuedKill{{ID: "k", Scope: scope.KillFirm, Reason: "drill", Since: now}}
+	refused(t, "all are stopped", scope.RuleKill, ask())
+	working = false
+	refused(t, "there is no list", approver.RuleKillState, ask())
+	working, kills = true, nil
+	if err := ask(); err != nil {
+		t.Errorf("nobody is stopped: %v", err)
+	}
 }

@@ -161,7 +161,7 @@ func (a *Approver) fail(w http.ResponseWriter, r *http.Request, err error) {
 		status = http.StatusBadRequest
 	case RuleGap:
 		status = http.StatusConflict
-	case RuleRecord, RuleKey, RuleRevocation:
+	case RuleRecord, RuleKey, RuleRevocation, RuleKillState:
 		status = http.StatusServiceUnavailable
 	}
 	who := ""

@@ -32,6 +32,9 @@ type vector struct {
 		Reference  *scope.ReferencePrice `json:"reference"`
 		Run        *scope.Run            `json:"run"`
 		Source     *source               `json:"source"`
+
+		Agent          string   `json:"agent"`
+		Authorizations []string `json:"authorizations"`
 	} `json:"env"`
 	Expect   string `json:"expect"`
 	Rule     string `json:"rule"`
@@ -114,7 +117,7 @@ func TestVectors(t *testing.T) {
 			if err := valid(t, scopes, v.Scope); err != nil {
 				t.Errorf("the schema refuses the scope: %v", err)
 			}
-			env := scope.Env{Now: v.Env.Now, AttestedAt: v.Env.AttestedAt, Reference: v.Env.Reference, Run: v.Env.Run, Clock: v.Env.Clock}
+			env := scope.Env{Now: v.Env.Now, AttestedAt: v.Env.AttestedAt, Reference: v.Env.Reference, Run: v.Env.Run, Clock: v.Env.Clock, Agent: v.Env.Agent, Authorizations: v.Env.Authorizations}
 			a, err := scope.ParseAction(v.Action)
 			if err == nil {
 				if err := valid(t, actions, v.Action); err != nil {
