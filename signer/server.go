@@ -7,12 +7,10 @@ import (
 	"errors"
 	"fmt"
 	"io"
-	"io/fs"
 	"log/slog"
 	"net"
 	"net/http"
 	"os"
-	"path/filepath"
 	"sync"
 	"time"
 
@@ -36,10 +34,6 @@ func (s *Signer) Serve(ctx context.Context, ready func()) error {
 	l, err := s.listen()
 	if err != nil {
 		return err
-	}
-	// Connections inherit it, so that nothing arrives on them before it holds.
-	if err := caller.PassCredentials(l.(*net.UnixListener)); err != nil {
-		return errors.Join(err, l.Close())
 	}
 	server := &http.Server{
 		Handler: s.handler(), ReadHeaderTimeout: 10 * time.Second, ReadTimeout: 30 * time.Second, WriteTimeout: 60 * time.Second, IdleTimeout: 10 * time.Minute, MaxHeaderBytes: 16 << 10, ErrorLog: slog.NewLogLogger(s.log.Handler(), slog.LevelWarn),
@@ -160,33 +154,13 @@ func (s *Signer) listen() (net.Listener, error) {
 	}
 	if len(given) > 0 {
 		if l, ok := given[0].(*net.UnixListener); ok && len(given) == 1 {
-			return l, nil
+			return l, caller.PassCredentials(l)
 		}
 		return nil, errors.New("socket activation: exactly one unix socket is expected")
 	}
-	path := s.config.Socket
-	if err := os.MkdirAll(filepath.Dir(path), 0o755); err != nil {
-		return nil, err
-	}
-	// A socket that is left over from a crash is removed; one that answers is not.
-	if fi, err := os.Lstat(path); err == nil {
-		if fi.Mode()&fs.ModeSocket == 0 {
-			return nil, fmt.Errorf("%s exists and is not a socket", path)
-		}
-		if c, err := net.DialTimeout("unix", path, time.Second); err == nil {
-			_ = c.Close()
-			return nil, fmt.Errorf("%s: another signer is listening", path)
-		}
-		if err := os.Remove(path); err != nil {
-			return nil, err
-		}
-	}
-	l, err := net.Listen("unix", path)
+	l, err := caller.Listen(s.config.Socket, s.config.mode)
 	if err != nil {
 		return nil, err
-	}
-	if err := os.Chmod(path, s.config.mode); err != nil {
-		return nil, errors.Join(err, l.Close())
 	}
 	return l, nil
 }

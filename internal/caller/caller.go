@@ -3,14 +3,18 @@
 package caller
 
 import (
+	"context"
 	"errors"
 	"fmt"
+	"io/fs"
 	"net"
 	"os"
+	"path/filepath"
 	"strings"
 	"sync"
 	"sync/atomic"
 	"syscall"
+	"time"
 
 	"golang.org/x/sys/unix"
 )
@@ -109,15 +113,50 @@ func UnitOf(cgroup string) string {
 	return ""
 }
 
-// PassCredentials has the kernel state the sender with everything that
-// arrives. Connections inherit it from their listener, so that nothing arrives before it holds.
+// Listen listens on a socket at path, with a mode, whose connections are for
+// [NewConn]: the kernel states the sender with everything that arrives on them. That holds before
+// anybody can connect, since connections inherit it from their listener when they are made.
+// A socket that is left over from a crash is removed; one that answers is not.
+func Listen(path string, mode fs.FileMode) (*net.UnixListener, error) {
+	if err := os.MkdirAll(filepath.Dir(path), 0o755); err != nil {
+		return nil, err
+	}
+	if fi, err := os.Lstat(path); err == nil {
+		if fi.Mode()&fs.ModeSocket == 0 {
+			return nil, fmt.Errorf("%s exists and is not a socket", path)
+		}
+		if c, err := net.DialTimeout("unix", path, time.Second); err == nil {
+			_ = c.Close()
+			return nil, fmt.Errorf("%s: another process is listening", path)
+		}
+		if err := os.Remove(path); err != nil {
+			return nil, err
+		}
+	}
+	config := net.ListenConfig{Control: func(_, _ string, raw syscall.RawConn) error { return passCredentials(raw) }}
+	l, err := config.Listen(context.Background(), "unix", path)
+	if err != nil {
+		return nil, err
+	}
+	if err := os.Chmod(path, mode); err != nil {
+		return nil, errors.Join(err, l.Close())
+	}
+	return l.(*net.UnixListener), nil
+}
+
+// PassCredentials does for a listener that was made elsewhere what [Listen]
+// does. What arrives from whoever connected before has no sender: they must connect again.
 func PassCredentials(c syscall.Conn) error {
 	raw, err := c.SyscallConn()
 	if err != nil {
 		return err
 	}
+	return passCredentials(raw)
+}
+
+func passCredentials(raw syscall.RawConn) error {
 	var inner error
-	err = raw.Control(func(fd uintptr) { inner = unix.SetsockoptInt(int(fd), unix.SOL_SOCKET, unix.SO_PASSCRED, 1) })
+	err := raw.Control(func(fd uintptr) { inner = unix.SetsockoptInt(int(fd), unix.SOL_SOCKET, unix.SO_PASSCRED, 1) })
 	return errors.Join(err, inner)
 }
 
@@ -132,7 +171,7 @@ type Conn struct {
 	oob     []byte // guarded by reading
 }
 
-// NewConn wraps an accepted connection of a listener with [PassCredentials].
+// NewConn wraps an accepted connection of [Listen], or of a listener with [PassCredentials].
 func NewConn(c *net.UnixConn, p *Process) *Conn {
 	return &Conn{UnixConn: c, Process: p, oob: make([]byte, unix.CmsgSpace(unix.SizeofUcred))}
 }

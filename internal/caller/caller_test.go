@@ -106,14 +106,11 @@ func TestOwnerIsAnotherUser(t *testing.T) {
 
 // TestStranger: what another process sends on a connection shows.
 func TestStranger(t *testing.T) {
-	l, err := net.ListenUnix("unix", &net.UnixAddr{Name: filepath.Join(t.TempDir(), "s"), Net: "unix"})
+	l, err := caller.Listen(filepath.Join(t.TempDir(), "s"), 0o600)
 	if err != nil {
 		t.Fatal(err)
 	}
 	defer l.Close()
-	if err := caller.PassCredentials(l); err != nil {
-		t.Fatal(err)
-	}
 	theirs, err := net.Dial("unix", l.Addr().String())
 	if err != nil {
 		t.Fatal(err)

@@ -12,13 +12,10 @@ import (
 	"errors"
 	"fmt"
 	"io"
-	"io/fs"
 	"log/slog"
 	"net"
 	"net/http"
 	"net/http/httputil"
-	"os"
-	"path/filepath"
 	"strings"
 	"sync"
 	"sync/atomic"
@@ -84,29 +81,10 @@ func (l *ListenerConfig) Open() (net.Listener, error) {
 	if !isUnix {
 		return net.Listen("tcp", l.Listen)
 	}
-	if err := os.MkdirAll(filepath.Dir(path), 0o755); err != nil {
-		return nil, err
-	}
-	// A socket that is left over from a crash is removed; one that answers is not.
-	if fi, err := os.Lstat(path); err == nil {
-		if fi.Mode()&fs.ModeSocket == 0 {
-			return nil, fmt.Errorf("%s exists and is not a socket", path)
-		}
-		if c, err := net.DialTimeout("unix", path, time.Second); err == nil {
-			_ = c.Close()
-			return nil, fmt.Errorf("%s: another proxy is listening", path)
-		}
-		if err := os.Remove(path); err != nil {
-			return nil, err
-		}
-	}
-	u, err := net.ListenUnix("unix", &net.UnixAddr{Name: path, Net: "unix"})
+	// Who may connect is not who may use it: that is a matter of callers.
+	u, err := caller.Listen(path, 0o666)
 	if err != nil {
 		return nil, err
-	}
-	// Who may connect is not who may use it: that is a matter of callers.
-	if err := errors.Join(caller.PassCredentials(u), os.Chmod(path, 0o666)); err != nil {
-		return nil, errors.Join(err, u.Close())
 	}
 	u.SetUnlinkOnClose(false) // a sandbox may not remove it; the next start does
 	return u, nil
