@@ -18,7 +18,7 @@ import (
 	"inkan/scope"
 )
 
-const schemaVersion = 1
+const schemaVersion = 2
 
 // One EK is one device, and one device has one AK (E9): the database holds that.
 const schema = `
