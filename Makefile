@@ -28,9 +28,10 @@ tools: ## install what tests and demo need and this machine lacks (apt)
 demo: tools build ## from a bare host to a verified order, then attacks on it; HSM=1 with the key in a token, APPROVER=1 with an approver that the TPM demands
 	$(BIN)/inkan-sim demo --inkan $(BIN)/inkan $(if $(HSM),--hsm) $(if $(APPROVER),--approver) $(if $(JSON),--json)
 
-test: tools build nocgo ## all tests, on real parts
+test: tools build nocgo ## all tests, on real parts, then all attacks
 	$(GO) vet ./...
 	$(GO) test -timeout 9m ./...
+	$(BIN)/inkan-sim attack --inkan $(BIN)/inkan
 
 lint: ## gofmt, vet, staticcheck
 	@fmt=$$(gofmt -l $$(git ls-files '*.go')); [ -z "$$fmt" ] || { echo "not gofmt-ed: $$fmt" >&2; exit 1; }
