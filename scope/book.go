@@ -76,7 +76,7 @@ type quoted struct{ instrument, currency string }
 func NewBook() *Book {
 	return &Book{venues: make(map[string]*series), currencies: make(map[string]*series), instruments: make(map[string]*series),
 		prices: make(map[quoted]*series), strategies: make(map[string]*series), open: newOpenOrders(), disabled: make(map[string]trip),
-		same: make(map[[16]byte]int64), sameBefore: make(map[[16]byte]int64)}
+		same: make(map[[16]byte]int64), sameBefore: make(map[[16]byte]int64), issued: make(map[string]bool)}
 }
 
 // counted is a use with what it counts (rule G5).

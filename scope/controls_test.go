@@ -339,6 +339,31 @@ func TestPolicy(t *testing.T) {
 	refusedBy(t, "under the next one", "", err)
 }
 
+// TestKillKnown: a kill of the issuer's list is taken over once, also after it
+// was re-armed, while it still stands in the list.
+func TestKillKnown(t *testing.T) {
+	r, b := newRoles(t, ""), scope.NewBook()
+	at := today.Add(time.Minute)
+	text, err := strictjson.Marshal(&scope.Kill{Scope: scope.KillFirm, Reason: "stop all", By: "issuer", ID: "k1"})
+	if err != nil {
+		t.Fatal(err)
+	}
+	if err := happen(t, b, 4, r.scope, scope.EventKill, string(text), at); err != nil {
+		t.Fatal(err)
+	}
+	refusedBy(t, "the same kill", scope.RuleKillKnown, happen(t, b, 5, r.scope, scope.EventKill, string(text), at))
+	rearm, err := scope.SignRearm(r.keys["rearm"], agentID, 4, "the cause was found", today, today.Add(time.Hour))
+	if err != nil {
+		t.Fatal(err)
+	}
+	if err := happen(t, b, 5, r.scope, scope.EventRearm, rearm, at); err != nil {
+		t.Fatal(err)
+	}
+	refusedBy(t, "the same kill after the re-arm", scope.RuleKillKnown, happen(t, b, 6, r.scope, scope.EventKill, string(text), at))
+	_, err = decide(b, r.scope, buy(t, 1, "XPAR", "1"), at)
+	refusedBy(t, "an order", "", err)
+}
+
 func TestKillAndRearm(t *testing.T) {
 	r, b := newRoles(t, ""), scope.NewBook()
 	at := today.Add(time.Minute)

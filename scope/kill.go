@@ -90,11 +90,20 @@ func parseKill(text string) (fact, error) {
 	return &k, k.Validate()
 }
 
-// admits: whoever stops something may always do so.
-func (*Kill) admits(*Book, *Scope, *Statement) *Refusal { return nil }
+// admits: whoever stops something may always do so. What the issuer stopped is
+// taken over once: it stays in the issuer's list after a re-arm.
+func (k *Kill) admits(b *Book, _ *Scope, _ *Statement) *Refusal {
+	if k.ID != "" && b.issued[k.ID] {
+		return &Refusal{Rule: RuleKillKnown, Value: k.ID, Message: "the issuer's kill " + k.ID + " was taken over before"}
+	}
+	return nil
+}
 
 func (k *Kill) apply(b *Book, st *Statement) {
 	b.kills = append(b.kills, ActiveKill{*k, st.Counter, st.Time})
+	if k.ID != "" {
+		b.issued[k.ID] = true
+	}
 }
 
 // ActiveKill is a kill that is in force.

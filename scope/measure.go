@@ -160,12 +160,12 @@ func (w *running) spread(u *counted, reference Decimal) (bps uint64, ok bool) {
 }
 
 func (b *Book) measureOpen(m *measure, currency string, u *counted, t int64, look bool) {
+	if !look {
+		b.open.expire(t)
+	}
 	count, sums := b.open.count, b.open.sums
 	if look {
 		count, sums = b.open.at(t)
-	} else {
-		b.open.expire(t)
-		count = b.open.count
 	}
 	m.count, m.sum = uint64(count), sums[currency]
 	m.countAfter, m.sumAfter = m.count, m.sum

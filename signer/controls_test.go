@@ -113,7 +113,7 @@ func TestAuthorizedAction(t *testing.T) {
 		return text
 	}
 	a := sell(t, "410") // 20,500
-	override, approval := sign(a, scope.RuleOrderNotional), sign(a, scope.RuleApproval)
+	approval := sign(a, scope.RuleApproval)
 	s, err := c.Sign(t.Context(), a, approval)
 	if err != nil || s.JWS == "" {
 		t.Fatalf("approved: %v", err)
@@ -123,7 +123,8 @@ func TestAuthorizedAction(t *testing.T) {
 		t.Errorf("the same action again: %v", err)
 	}
 	b := sell(t, "600") // 30,000
-	override, approval = sign(b, scope.RuleOrderNotional), sign(b, scope.RuleApproval)
+	override := sign(b, scope.RuleOrderNotional)
+	approval = sign(b, scope.RuleApproval)
 	x := sell(t, "600")
 	_, err = c.Sign(t.Context(), x, override, approval)
 	ruled(t, "for another order", "authorization_action", err)

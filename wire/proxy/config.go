@@ -158,7 +158,7 @@ func (c *Config) validate(dir string) error {
 func (l *ListenerConfig) validate() error {
 	path, isUnix := strings.CutPrefix(l.Listen, "unix:")
 	if isUnix && !filepath.IsAbs(path) {
-		return fmt.Errorf("listen %.80q: an absolute path is expected after unix:", l.Listen)
+		return fmt.Errorf("listen %.80q: after unix: an absolute path is expected", l.Listen)
 	}
 	if !isUnix {
 		a, err := netip.ParseAddrPort(l.Listen)
