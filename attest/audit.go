@@ -82,7 +82,10 @@ func AuditLink(chain [32]byte, keyName []byte, digest [32]byte, signature []byte
 
 // testimony applies C1 and C2 to what is in the evidence, if it is there.
 func (a *appraisal) testimony(ev *Evidence) (*Testimony, error) {
-	if ev.Audit == nil {
+	switch {
+	case ev.Audit == nil && a.x.Audit != nil:
+		return nil, refuse("C1", "the TPM's testimony about its signatures is missing, and this device gave one before: if its command audit is to be off, an operator says so with inkan issuer device reset-audit")
+	case ev.Audit == nil:
 		return nil, nil
 	}
 	t, err := ReadTestimony(a.x.AK, *ev.Audit)

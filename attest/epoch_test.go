@@ -140,7 +140,8 @@ func TestAppraiseTestimony(t *testing.T) {
 		evidence    func(*attest.Evidence)
 	}{
 		{"good", "", func(*fixture) {}, nil},
-		{"none", "", func(f *fixture) { f.dev.Audit = 0 }, nil},
+		{"none", "", func(f *fixture) { f.dev.Audit, f.x.Audit = 0, nil }, nil},
+		{"none, and the device gave one before", "C1", func(f *fixture) { f.dev.Audit = 0 }, nil},
 		{"another type", "C1", func(*fixture) {}, func(ev *attest.Evidence) { ev.Audit = &ev.Quote }},
 		{"a signature that does not fit", "C1", func(*fixture) {}, func(ev *attest.Evidence) { ev.Audit.Signature = ev.Quote.Signature }},
 		{"of another exchange", "C1", onAudit(func(s *tpm2.TPMSAttest, _ *tpm2.TPMSCommandAuditInfo) { s.ExtraData.Buffer[0]++ }), nil},

@@ -36,6 +36,10 @@ type Challenge struct {
 	PolicyRef  []byte           `json:"policy_ref"`
 	Policies   []ApprovedPolicy `json:"policies"`        // those the device may use
 	Epoch      *EpochDemand     `json:"epoch,omitempty"` // absent: the device has no epochs
+	// Testimony is the SHA-256 of the TPMS_ATTEST of the TPM's testimony that the
+	// issuer has from the last time. Before M3 the host sends what its journal of
+	// signatures has from there to the testimony in M3. Absent: there was none.
+	Testimony []byte `json:"testimony,omitempty"`
 }
 
 // Credential is the output of TPM2_MakeCredential for the EK and the AK's Name.

@@ -25,7 +25,7 @@ func refuse(check, format string, a ...any) error {
 type Check struct{ ID, What string }
 
 // Checks lists every check by its stable name, in the order of
-// docs/attestation.md. Those that need memory (E9, A3, Q3, G1, G3, G6, G10, source_network, source_region) are
+// docs/attestation.md. Those that need memory (E9, A3, Q3, C3, G1, G3, G6, G10, source_network, source_region) are
 // held by package issuer.
 var Checks = []Check{
 	{"E1", "the EK certificate is the one certificate at the start of what NV holds; only padding follows"},
@@ -67,8 +67,9 @@ var Checks = []Check{
 	{"N1", "the epoch counter's certification is there when it is asked for, and only then: a TPM's, signed by the AK, of the type NV, carrying this exchange and this TLS channel"},
 	{"N2", "the epoch counter is an index of the one definition that approvals name: a counter"},
 	{"N3", "the epoch is at least what the operator demands, and never goes back"},
-	{"C1", "the TPM's testimony about its signatures, where there is one, is a TPM's, signed by the AK, of the type command audit, and carries this exchange and this TLS channel"},
+	{"C1", "the TPM's testimony about its signatures is there if the device ever gave one, and is a TPM's, signed by the AK, of the type command audit, and carries this exchange and this TLS channel"},
 	{"C2", "the TPM that testifies audits TPM2_Sign, and its audit counter never goes back"},
+	{"C3", "every signature that the TPM testifies to since the last time is in the host's journal, which was not changed: the chain recomputed from it leads to the testimony"},
 	{"P1", "the PCR values are those of a policy that the policy key approved for this device and keys of this mode"},
 	{"G1", "any error ends refused, and a failed exchange stays failed"},
 	{"G2", "no input crashes the appraisal"},

@@ -74,6 +74,12 @@ func (c *Client) Devices(ctx context.Context) (out []Device, err error) {
 	return out, c.call(ctx, http.MethodGet, "/v1/devices", nil, &out)
 }
 
+// ResetAudit forgets what a device's TPM testified of its signatures: what it
+// testifies next is held against nothing.
+func (c *Client) ResetAudit(ctx context.Context, id string) error {
+	return c.call(ctx, http.MethodDelete, "/v1/devices/"+url.PathEscape(id)+"/testimony", nil, nil)
+}
+
 // SetEpoch demands that a device's epoch counter be at least n from its next
 // enrolment or renewal on. It is not taken back.
 func (c *Client) SetEpoch(ctx context.Context, id string, n uint64) error {

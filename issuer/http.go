@@ -149,6 +149,7 @@ func (i *Issuer) agentHandler() http.Handler {
 		}
 		problem.JSON(w, http.StatusOK, c)
 	})
+	mux.HandleFunc("POST /v1/sessions/{session}/journal", i.serveJournal)
 	mux.HandleFunc("POST /v1/sessions/evidence", func(w http.ResponseWriter, r *http.Request) {
 		var ev attest.Evidence
 		if err := read(r, &ev); err != nil {
@@ -228,6 +229,9 @@ func (i *Issuer) adminHandler() http.Handler {
 			return nil, err
 		}
 		return nil, i.store.setEpoch(r.Context(), r.PathValue("id"), e.AtLeast, i.now())
+	})
+	handle("DELETE /v1/devices/{id}/testimony", func(r *http.Request) (any, error) {
+		return nil, i.store.resetAudit(r.Context(), r.PathValue("id"), i.now())
 	})
 	handle("DELETE /v1/devices/{id}", func(r *http.Request) (any, error) {
 		return nil, i.store.removeDevice(r.Context(), r.PathValue("id"), i.now())

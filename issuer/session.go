@@ -14,6 +14,7 @@ import (
 	"inkan/attest"
 	"inkan/internal/certext"
 	"inkan/internal/strictjson"
+	"inkan/journal"
 	"inkan/scope"
 )
 
@@ -33,7 +34,10 @@ type session struct {
 	endorsement *attest.Endorsement
 	challenge   *attest.Challenge
 	secret      []byte
+	span        *journal.Span // of the journal, since the testimony of the last time; nil: there was none
+	size        int           // of what came of it, bytes
 	expires     time.Time
+	latest      time.Time // that expires may become
 }
 
 type sessions struct {
@@ -78,7 +82,7 @@ func refuse(check, format string, a ...any) error {
 
 // begin answers M1 with M2.
 func (i *Issuer) begin(ctx context.Context, h *attest.Hello, from netip.Addr) (*attest.Challenge, error) {
-	x := &session{agent: h.Agent, hello: h, expires: i.now().Add(sessionTTL)}
+	x := &session{agent: h.Agent, hello: h, expires: i.now().Add(sessionTTL), latest: i.now().Add(sessionMax)}
 	ek, err := attest.SPKIDigest(h.EKPublic)
 	if err != nil {
 		return nil, refuse("E7", "%v", err)
@@ -114,6 +118,7 @@ func (i *Issuer) begin(ctx context.Context, h *attest.Hello, from netip.Addr) (*
 	} else if string(x.device.ak) != string(h.AKPublic) || string(x.device.srk) != string(h.SRKPublic) {
 		return nil, refuse("E9", "device %s has another attestation key or storage root key on record: remove the device and add it anew if its TPM was cleared", x.device.ID)
 	}
+	x.demandJournal(name)
 	return x.challenge, i.sessions.put(i.now(), x)
 }
 
@@ -222,7 +227,11 @@ func (i *Issuer) finish(ctx context.Context, ev *attest.Evidence, binding []byte
 	if err != nil {
 		return nil, err
 	}
-	if err := i.appraised(ctx, x, ev, result); err != nil {
+	books, err := x.accounted(ev)
+	if err != nil {
+		return nil, err
+	}
+	if err := i.appraised(ctx, x, ev, result, books); err != nil {
 		return nil, err
 	}
 	return i.grant(ctx, a, x, result)
@@ -230,44 +239,41 @@ func (i *Issuer) finish(ctx context.Context, ev *attest.Evidence, binding []byte
 
 // appraised records an accepted appraisal, and what the device is held to from
 // now on: its AK, its SRK, its clock.
-func (i *Issuer) appraised(ctx context.Context, x *session, ev *attest.Evidence, r *attest.Result) error {
+func (i *Issuer) appraised(ctx context.Context, x *session, ev *attest.Evidence, r *attest.Result, books *journal.Report) error {
 	doc, err := strictjson.Marshal(ev)
 	if err != nil {
 		return err
 	}
 	digest, clock := fmt.Sprintf("%x", r.EvidenceDigest()), r.Clock()
 	var audit sql.NullInt64
+	var testimony []byte
 	if t := r.Testimony(); t != nil {
-		audit = sql.NullInt64{Int64: int64(t.Counter), Valid: true}
+		id := journal.TestimonyID(ev.Audit.Attest)
+		audit, testimony = sql.NullInt64{Int64: int64(t.Counter), Valid: true}, id[:]
 	}
 	return i.store.inTx(ctx, func(tx *sql.Tx) error {
 		if _, err := tx.ExecContext(ctx, "INSERT OR IGNORE INTO evidence(sha256, document) VALUES(?, ?)", digest, doc); err != nil {
 			return err
 		}
-		res, err := tx.ExecContext(ctx, "UPDATE device SET ak = ?, srk = ?, clock_ms = ?, resets = ?, restarts = ?, epoch = max(epoch, ?), audit = coalesce(?, audit) WHERE id = ? AND (ak IS NULL OR ak = ?)",
-			x.hello.AKPublic, x.hello.SRKPublic, int64(clock.Milliseconds), clock.Resets, clock.Restarts, int64(r.Epoch()), audit, x.device.ID, x.hello.AKPublic)
+		if err := x.unknownStill(ctx, tx); err != nil {
+			return err
+		}
+		res, err := tx.ExecContext(ctx, "UPDATE device SET ak = ?, srk = ?, clock_ms = ?, resets = ?, restarts = ?, epoch = max(epoch, ?), audit = coalesce(?, audit), testimony = coalesce(?, testimony) WHERE id = ? AND (ak IS NULL OR ak = ?)",
+			x.hello.AKPublic, x.hello.SRKPublic, int64(clock.Milliseconds), clock.Resets, clock.Restarts, int64(r.Epoch()), audit, testimony, x.device.ID, x.hello.AKPublic)
 		if err := constraint(err, "attestation key"); err != nil {
 			return refuse("E9", "%v", err)
 		}
 		if n, err := res.RowsAffected(); err != nil || n != 1 {
 			return refuse("E9", "device %s was removed, or has another attestation key by now", x.device.ID)
 		}
-		if x.device.audit != nil && !audit.Valid {
-			if err := event(ctx, tx, Event{Time: r.Time(), Kind: "changed", Agent: x.agent, Device: x.device.ID, Check: "C1", Detail: "the TPM's testimony about its signatures is missing: it gave one before", Evidence: digest}); err != nil {
+		if lost := unaccounted(books); lost != "" {
+			if err := event(ctx, tx, Event{Time: r.Time(), Kind: "unaccounted", Agent: x.agent, Device: x.device.ID, Check: "C3", Detail: lost, Evidence: digest}); err != nil {
 				return err
 			}
 		}
 		return event(ctx, tx, Event{Time: r.Time(), Kind: "appraised", Agent: x.agent, Device: x.device.ID, Check: "P1",
-			Detail: fmt.Sprintf("EK %s, policy %s, firmware %#x, epoch %d, %s", r.Endorsement(), r.Policy(), r.Firmware(), r.Epoch(), testified(r.Testimony())), Evidence: digest})
+			Detail: fmt.Sprintf("EK %s, policy %s, firmware %#x, epoch %d, %s", r.Endorsement(), r.Policy(), r.Firmware(), r.Epoch(), testified(r.Testimony(), books)), Evidence: digest})
 	})
-}
-
-// testified says what the TPM said of its signatures, for the decision log.
-func testified(t *attest.Testimony) string {
-	if t == nil {
-		return "no testimony about signatures"
-	}
-	return fmt.Sprintf("signatures audited to period %d, digest %x", t.Counter, t.Digest)
 }
 
 // cancelScope is the scope of the agent's key for cancels: the agent's own, but

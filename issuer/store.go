@@ -37,6 +37,7 @@ CREATE TABLE device(
 	epoch_min     INTEGER NOT NULL DEFAULT 0, -- that the epoch counter must have; 0: the device has no epochs
 	epoch         INTEGER NOT NULL DEFAULT 0, -- that it had at the last accepted evidence
 	audit         INTEGER,               -- the TPM's audit counter then; NULL: it gave no testimony yet
+	testimony     BLOB,                  -- the SHA-256 of that testimony, which the next one is held against
 	created       INTEGER NOT NULL
 ) STRICT;
 CREATE TABLE agent(
@@ -119,6 +120,7 @@ type Device struct {
 	ak, srk       []byte
 	clock         *attest.Clock
 	audit         *uint64
+	testimony     []byte
 }
 
 // Agent is an agent in the inventory.
@@ -286,13 +288,13 @@ func (s *store) addDevice(ctx context.Context, d Device, now time.Time) error {
 	})
 }
 
-const deviceColumns = "id, ek, roots, intermediates, crls, allow_expired, unsafe_clock, min_firmware, ak, srk, clock_ms, resets, restarts, epoch_min, epoch, audit"
+const deviceColumns = "id, ek, roots, intermediates, crls, allow_expired, unsafe_clock, min_firmware, ak, srk, clock_ms, resets, restarts, epoch_min, epoch, audit, testimony"
 
 func scanDevice(row interface{ Scan(...any) error }) (*Device, error) {
 	var d Device
 	var ek []byte
 	var ms, resets, restarts, audit sql.NullInt64
-	if err := row.Scan(&d.ID, &ek, &d.Roots, &d.Intermediates, &d.CRLs, &d.AllowExpired, &d.UnsafeClock, &d.MinFirmware, &d.ak, &d.srk, &ms, &resets, &restarts, &d.EpochMin, &d.Epoch, &audit); err != nil {
+	if err := row.Scan(&d.ID, &ek, &d.Roots, &d.Intermediates, &d.CRLs, &d.AllowExpired, &d.UnsafeClock, &d.MinFirmware, &d.ak, &d.srk, &ms, &resets, &restarts, &d.EpochMin, &d.Epoch, &audit, &d.testimony); err != nil {
 		return nil, err
 	}
 	d.EK, d.Enrolled = hex.EncodeToString(ek), d.ak != nil

@@ -90,6 +90,9 @@ type verification struct {
 	own     uint64
 	open    *asked // asked for, with no answer yet
 	unknown bool   // since the last testimony something was asked for and nobody knows the answer
+
+	from *[32]byte // what the first line must testify; nil: anything may come
+	at   [32]byte  // of the testimony, if the last line was one
 }
 
 // Verify reads a journal and holds it against the TPM's testimonies and the
@@ -98,26 +101,34 @@ type verification struct {
 // was killed in between, are in the report: nothing is known about them.
 func Verify(in io.Reader, o Options) (*Report, error) {
 	v := &verification{o: o, r: &Report{}}
-	s := bufio.NewScanner(in)
-	s.Buffer(make([]byte, 0, maxLine), maxLine)
-	for s.Scan() {
-		v.line++
-		var l line
-		if err := strictjson.Unmarshal(s.Bytes(), maxLine, &l); err != nil {
-			return nil, v.contradiction(RuleForm, "%v", err)
-		}
-		if err := v.next(&l); err != nil {
-			return nil, err
-		}
-	}
-	if err := s.Err(); err != nil {
-		return nil, v.contradiction(RuleForm, "after it: %v", err)
+	if err := v.read(in); err != nil {
+		return nil, err
 	}
 	if v.open != nil {
 		v.n++
 	}
 	v.r.After = v.n
 	return v.r, nil
+}
+
+// read goes on with lines.
+func (v *verification) read(in io.Reader) error {
+	s := bufio.NewScanner(in)
+	s.Buffer(make([]byte, 0, maxLine), maxLine)
+	for s.Scan() {
+		v.line++
+		var l line
+		if err := strictjson.Unmarshal(s.Bytes(), maxLine, &l); err != nil {
+			return v.contradiction(RuleForm, "%v", err)
+		}
+		if err := v.next(&l); err != nil {
+			return err
+		}
+	}
+	if err := s.Err(); err != nil {
+		return v.contradiction(RuleForm, "after it: %v", err)
+	}
+	return nil
 }
 
 func (v *verification) contradiction(rule Rule, format string, a ...any) error {
@@ -134,6 +145,13 @@ func (v *verification) next(l *line) error {
 	if parts != 1 {
 		return v.contradiction(RuleForm, "a line is one of asked, signed, refused and testimony")
 	}
+	if v.from != nil {
+		if l.Testimony == nil || TestimonyID(l.Testimony.Attest) != *v.from {
+			return v.contradiction(RuleForm, "this part of the journal does not begin with the testimony of the last time")
+		}
+		v.from = nil
+	}
+	v.at = [32]byte{}
 	switch {
 	case l.Asked != nil:
 		if v.open != nil {
@@ -208,7 +226,7 @@ func (v *verification) testified(x *testified) error {
 	if v.last == nil {
 		v.r.From = x.Time
 	}
-	v.r.Until, v.last = x.Time, t
+	v.r.Until, v.last, v.at = x.Time, t, TestimonyID(x.Attest)
 	v.chain, v.n, v.own, v.unknown = [32]byte{}, 0, 0, false
 	return nil
 }
@@ -236,10 +254,10 @@ func (v *verification) agrees(t *attest.Testimony, at time.Time) error {
 		return v.contradiction(RuleOffTheBooks, "the journal has %d signatures since %s, the TPM made none", v.n, since)
 	case t.Counter == last.Counter:
 		return nil // what was asked for was not done
+	case reset: // with it went what the loss of power left unwritten
+		return lost("the TPM was reset: it does not testify to the %d signatures before that", v.n)
 	case v.n == 0 && !v.unknown:
 		return v.contradiction(RuleOffTheBooks, "the TPM signed since %s, and nothing is in the journal", since)
-	case reset:
-		return lost("the TPM was reset: it does not testify to the %d signatures before that", v.n)
 	case t.Counter > last.Counter+1, len(t.Digest) == 0:
 		return v.contradiction(RuleTaken, "since %s somebody else took the TPM's digest, %d periods of it", since, max(t.Counter-last.Counter-1, 1))
 	case v.unknown:

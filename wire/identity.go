@@ -30,6 +30,7 @@ import (
 	"inkan/hsm"
 	"inkan/internal/certext"
 	"inkan/internal/keyuri"
+	"inkan/journal"
 	"inkan/scope"
 	"inkan/tpm"
 )
@@ -67,8 +68,9 @@ type Options struct {
 type Identity struct {
 	o      Options
 	device *tpm.Device
-	token  crypto.Signer // nil: the key is in the TPM
-	closer io.Closer     // of the token
+	token  crypto.Signer    // nil: the key is in the TPM
+	closer io.Closer        // of the token
+	books  *journal.Journal // of what the TPM signs; nil: it does not audit that
 
 	signed   atomic.Uint64
 	looked   atomic.Int64 // when the files were last looked at, nanoseconds since 1970
@@ -117,10 +119,25 @@ func Open(o Options) (_ *Identity, err error) {
 		}
 	} else if i.device == nil {
 		return nil, errors.New("neither a TPM nor a key in a token is named")
+	} else if err = i.keepBooks(); err != nil {
+		return nil, err
 	}
 	i.mu.Lock()
 	defer i.mu.Unlock()
 	return i, i.reload()
+}
+
+// keepBooks writes handshakes to the host's journal of signatures, where its
+// TPM audits them: else they would be missing there.
+func (i *Identity) keepBooks() error {
+	on, err := i.device.Auditing()
+	if err != nil || !on {
+		return err
+	}
+	if i.books, err = journal.Open(filepath.Join(filepath.Dir(i.o.Dir), journal.FileName)); err != nil {
+		return err
+	}
+	return i.device.StartAudit(i.books)
 }
 
 // Close closes the device. Connections stay open.
@@ -131,6 +148,9 @@ func (i *Identity) Close() error {
 	}
 	if i.device != nil {
 		errs = append(errs, i.device.Close())
+	}
+	if i.books != nil {
+		errs = append(errs, i.books.Close())
 	}
 	return errors.Join(errs...)
 }

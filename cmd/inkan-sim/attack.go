@@ -24,7 +24,7 @@ var families = []family{
 	{"source", "from another address, with the agent's own key, certificate and orders", attackSource},
 	{"limits", "an agent that wants more than its limits give", attackLimits},
 	{"controls", "an agent, or who has a key that may less, against policy, override, approval, kill and re-arm", attackControls},
-	{"books", "root signs with the agent's key in local mode, and an auditor looks afterwards", attackBooks},
+	{"books", "root signs with the agent's key in local mode, and the issuer at the renewal, or an auditor, looks afterwards", attackBooks},
 	{"rollback", "somebody who has the signer's files", attackRollback},
 	{"root", "root on the host of an agent in approver mode, against the TPM and the approver", attackRoot},
 }

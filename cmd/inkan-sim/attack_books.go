@@ -16,10 +16,26 @@ import (
 )
 
 // attackBooks is the family books: in local mode root can use the agent's key.
-// The TPM keeps count of it, and verification finds it afterwards.
+// The TPM keeps count of it, and the issuer at the next renewal, or verification, finds it.
 func attackBooks(ctx context.Context, w *world) error {
 	if err := w.bringUp(ctx); err != nil {
 		return err
+	}
+	w.title("Root signs behind the signer's back, in local mode, and the host renews")
+	if err := w.attack("an order beside the signer's, then a renewal", "issuer", "C3", func() (bool, string, error) {
+		if err := w.asRoot(func(_ *tpm.Device, k *tpm.Key) error { return behind(k) }); err != nil {
+			return false, "", fmt.Errorf("root could not sign, which it can in local mode: %w", err)
+		}
+		r, err := w.try(ctx, "", "signer", "enrol", "--config", w.path("signer.yaml"))
+		return r.code == 0, r.stderr, err
+	}); err != nil {
+		return err
+	}
+	if _, err := w.run(ctx, "issuer", "device", "reset-audit", "--dir", w.path("issuer"), "--id", "host1"); err != nil {
+		return err
+	}
+	if _, err := w.run(ctx, "signer", "enrol", "--config", w.path("signer.yaml")); err != nil {
+		return fmt.Errorf("after an operator's reset: %w", err)
 	}
 	// Nothing is found where nothing was done: doctor's signatures are in the journal too.
 	said, err := w.books(ctx, func() error {

@@ -16,6 +16,7 @@ import (
 	"inkan/attest"
 	"inkan/internal/attester"
 	"inkan/internal/problem"
+	"inkan/journal"
 	"inkan/signer/client"
 	"inkan/simulator"
 	"inkan/tpm"
@@ -222,6 +223,14 @@ func (w *world) attackIssuer(ctx context.Context) error {
 		return err
 	}
 	defer d.Close()
+	books, err := journal.Open(w.path("state", journal.FileName)) // else the issuer sees at once that something is off the books
+	if err != nil {
+		return err
+	}
+	defer books.Close()
+	if err := d.StartAudit(books); err != nil {
+		return err
+	}
 	var changeCSR func([]byte) []byte
 	exchange := func(change func(*attest.Hello), forge func(*attester.Exchange, *attest.Evidence) error) (bool, string, error) {
 		x, err := attester.Begin(ctx, issuer, d, "mm-07", change)
@@ -229,7 +238,7 @@ func (w *world) attackIssuer(ctx context.Context) error {
 			return said(err)
 		}
 		defer x.Close()
-		x.ChangeCSR = changeCSR
+		x.ChangeCSR, x.Journal = changeCSR, books
 		ev, err := x.Collect(nil, nil)
 		if err != nil {
 			return false, "", err

@@ -72,6 +72,9 @@ func issuerCommand(e *env) *cli.Command {
 				sub("list", "list the devices", deviceList, adminFlags()...),
 				sub("epoch", "demand that a device's epoch counter be at least a number, which ends older approvals", deviceEpoch, adminFlags(str("id", "`NAME` of the device"),
 					&cli.Uint64Flag{Name: "at-least", Usage: "`NUMBER`; the host increments its counter at its next enrolment or renewal"})...),
+				sub("reset-audit", "forget what a device's TPM testified of its signatures: the next testimony is held against nothing", func(_ *env, c *cli.Context) error {
+					return withClient(c, "id", func(cl *issuer.Client, id string) error { return cl.ResetAudit(c.Context, id) })
+				}, adminFlags(str("id", "`NAME` of the device"))...),
 				sub("remove", "remove a device whose agents are retired", func(_ *env, c *cli.Context) error {
 					return withClient(c, "id", func(cl *issuer.Client, id string) error { return cl.RemoveDevice(c.Context, id) })
 				}, adminFlags(str("id", "`NAME` of the device"))...),

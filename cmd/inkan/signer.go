@@ -84,16 +84,17 @@ func readSignerConfig(c *cli.Context) (*signer.Config, error) {
 
 // host is this machine as the issuer sees it: a TPM and agents' state.
 type host struct {
-	config *signer.Config
-	dev    *tpm.Device
-	issuer attester.Issuer
-	keys   map[string]*tpm.Key      // action keys in the TPM, by agent
-	tokens map[string]crypto.Signer // keys in a token, by agent and purpose
-	stats  map[string]func() signer.DeviceStatus
-	tls    map[string]*tpm.Key // TLS keys of agents in approver mode
-	cancel map[string]*tpm.Key // keys for cancels alone, of such agents
-	audit  string              // on, or why the TPM does not testify to its signatures
-	closer []io.Closer
+	config  *signer.Config
+	dev     *tpm.Device
+	issuer  attester.Issuer
+	journal *journal.Journal         // of what the TPM signs; nil: none is kept
+	keys    map[string]*tpm.Key      // action keys in the TPM, by agent
+	tokens  map[string]crypto.Signer // keys in a token, by agent and purpose
+	stats   map[string]func() signer.DeviceStatus
+	tls     map[string]*tpm.Key // TLS keys of agents in approver mode
+	cancel  map[string]*tpm.Key // keys for cancels alone, of such agents
+	audit   string              // on, or why the TPM does not testify to its signatures
+	closer  []io.Closer
 }
 
 // close closes the TPM and the tokens.
@@ -251,7 +252,7 @@ func (h *host) startAudit() error {
 	if err != nil {
 		return err
 	}
-	h.closer = append(h.closer, j)
+	h.closer, h.journal = append(h.closer, j), j
 	err = h.dev.StartAudit(j)
 	if err == nil {
 		_, err = h.dev.Testify(nil)
@@ -293,7 +294,7 @@ func (h *host) enrol(ctx context.Context, agent string) ([]*x509.Certificate, ti
 	if err := h.dev.Counter(agent).Make(); err != nil {
 		return nil, time.Time{}, err
 	}
-	out, err := attester.Run(ctx, h.issuer, h.dev, agent, keys, vouched, state.SaveKeys)
+	out, err := attester.Run(ctx, h.issuer, h.dev, h.journal, agent, keys, vouched, state.SaveKeys)
 	if err != nil {
 		return nil, time.Time{}, err
 	}

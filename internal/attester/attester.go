@@ -5,6 +5,7 @@ import (
 	"context"
 	"crypto"
 	"crypto/rand"
+	"crypto/sha256"
 	"crypto/x509"
 	"crypto/x509/pkix"
 	"errors"
@@ -12,6 +13,7 @@ import (
 	"slices"
 
 	"inkan/attest"
+	"inkan/journal"
 	"inkan/tpm"
 )
 
@@ -35,6 +37,8 @@ type Exchange struct {
 	// ChangeCSR, if not nil, may change a certificate request before the TPM
 	// certifies the key for it; it is for tests.
 	ChangeCSR func(csr []byte) []byte
+	// Journal is that of the device's signatures; nil where it keeps none.
+	Journal *journal.Journal
 
 	dev   *tpm.Device
 	agent string
@@ -47,13 +51,15 @@ type Exchange struct {
 // issuer asks for, is made. save is called with the keys before the issuer sees
 // their evidence, so that no certificate is issued for a key that was lost.
 // A refusal of the issuer is a *problem.Problem.
-// external holds keys that are not in the TPM, by purpose.
-func Run(ctx context.Context, issuer Issuer, dev *tpm.Device, agent string, keys map[string][]byte, external map[string]crypto.Signer, save func(map[string][]byte) error) (*Outcome, error) {
+// external holds keys that are not in the TPM, by purpose. books is the journal
+// of the device's signatures, nil where it keeps none.
+func Run(ctx context.Context, issuer Issuer, dev *tpm.Device, books *journal.Journal, agent string, keys map[string][]byte, external map[string]crypto.Signer, save func(map[string][]byte) error) (*Outcome, error) {
 	x, err := Begin(ctx, issuer, dev, agent, nil)
 	if err != nil {
 		return nil, err
 	}
 	defer x.Close()
+	x.Journal = books
 	ev, err := x.Collect(keys, external)
 	if err != nil {
 		return nil, err
@@ -145,14 +151,40 @@ func (x *Exchange) Collect(keys map[string][]byte, external map[string]crypto.Si
 	return ev, x.collect(loaded, binding, ev)
 }
 
-// Finish sends M3 and takes M4, the certificates.
+// Finish sends what the issuer asks for of the journal, then M3, and takes M4,
+// the certificates.
 func (x *Exchange) Finish(ctx context.Context, ev *attest.Evidence) error {
+	if err := x.account(ctx, ev); err != nil {
+		return err
+	}
 	x.Outcome.Grant = new(attest.Grant)
 	if err := x.ch.Post(ctx, "/v1/sessions/evidence", ev, x.Outcome.Grant); err != nil {
 		return err
 	}
 	x.Outcome.Policies.Approved = x.Outcome.Grant.Policies
 	return nil
+}
+
+// account sends the journal from the testimony that the issuer has to the one in
+// the evidence. What is not there is not sent: the issuer says what it makes of it.
+func (x *Exchange) account(ctx context.Context, ev *attest.Evidence) error {
+	c := &x.Challenge
+	if ev.Audit == nil || x.Journal == nil || len(c.Testimony) == 0 {
+		return nil
+	}
+	if len(c.Testimony) != sha256.Size {
+		return fmt.Errorf("the issuer names a testimony with %d bytes, %d are expected", len(c.Testimony), sha256.Size)
+	}
+	err := x.Journal.Between([32]byte(c.Testimony), journal.TestimonyID(ev.Audit.Attest), func(lines []byte) error { return x.Part(ctx, lines) })
+	if errors.Is(err, journal.ErrNoTestimony) {
+		return nil
+	}
+	return err
+}
+
+// Part sends a part of the journal.
+func (x *Exchange) Part(ctx context.Context, lines []byte) error {
+	return x.ch.PostLines(ctx, fmt.Sprintf("/v1/sessions/%x/journal", x.Challenge.Session), lines)
 }
 
 // hello chooses the first endorsement key, which has a certificate if any has.

@@ -78,27 +78,41 @@ func (c *Channel) Post(ctx context.Context, path string, in, out any) error {
 	if err != nil {
 		return err
 	}
-	req, err := http.NewRequestWithContext(ctx, http.MethodPost, c.base+path, bytes.NewReader(body))
+	answer, err := c.send(ctx, path, "application/json", body)
 	if err != nil {
 		return err
-	}
-	req.Header.Set("Content-Type", "application/json")
-	res, err := c.client.Do(req)
-	if err != nil {
-		return fmt.Errorf("asking the issuer: %w", err)
-	}
-	defer res.Body.Close()
-	answer, err := io.ReadAll(io.LimitReader(res.Body, maxAnswer+1))
-	if err != nil {
-		return fmt.Errorf("reading the issuer's answer: %w", err)
-	}
-	if res.StatusCode/100 != 2 {
-		return fmt.Errorf("the issuer: %w", problem.Parse(res.StatusCode, res.Header.Get("Content-Type"), answer))
 	}
 	if err := strictjson.Unmarshal(answer, maxAnswer, out); err != nil {
 		return fmt.Errorf("the issuer's answer: %w", err)
 	}
 	return nil
+}
+
+// PostLines sends JSON lines. A refusal is a *problem.Problem.
+func (c *Channel) PostLines(ctx context.Context, path string, lines []byte) error {
+	_, err := c.send(ctx, path, "application/jsonl", lines)
+	return err
+}
+
+func (c *Channel) send(ctx context.Context, path, contentType string, body []byte) ([]byte, error) {
+	req, err := http.NewRequestWithContext(ctx, http.MethodPost, c.base+path, bytes.NewReader(body))
+	if err != nil {
+		return nil, err
+	}
+	req.Header.Set("Content-Type", contentType)
+	res, err := c.client.Do(req)
+	if err != nil {
+		return nil, fmt.Errorf("asking the issuer: %w", err)
+	}
+	defer res.Body.Close()
+	answer, err := io.ReadAll(io.LimitReader(res.Body, maxAnswer+1))
+	if err != nil {
+		return nil, fmt.Errorf("reading the issuer's answer: %w", err)
+	}
+	if res.StatusCode/100 != 2 {
+		return nil, fmt.Errorf("the issuer: %w", problem.Parse(res.StatusCode, res.Header.Get("Content-Type"), answer))
+	}
+	return answer, nil
 }
 
 // Close closes the connection.
