@@ -39,6 +39,16 @@ func (r *root) rotate(ctx context.Context) error {
 	}
 	w.approverAt, w.approverDir = []string{ready.Signers}, "approver2"
 	w.signer.stop()
+	// Root had keys of its own sign for these attacks. The TPM testifies to that too.
+	if err := w.attack("a renewal after that", "issuer", "C3", func() (bool, string, error) {
+		r, err := w.try(ctx, "", "signer", "enrol", "--config", w.path("signer.yaml"))
+		return r.code == 0, r.stderr, err
+	}); err != nil {
+		return err
+	}
+	if _, err := w.run(ctx, "issuer", "device", "reset-audit", "--dir", w.path("issuer"), "--id", "host1"); err != nil {
+		return err
+	}
 	if _, err := w.run(ctx, "signer", "enrol", "--config", w.path("signer.yaml")); err != nil {
 		return err
 	}
