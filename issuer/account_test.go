@@ -5,6 +5,8 @@ import (
 	"crypto"
 	"encoding/hex"
 	"errors"
+	"io"
+	"net/http"
 	"os"
 	"path/filepath"
 	"strings"
@@ -214,6 +216,14 @@ func TestNothingOffTheBooks(t *testing.T) {
 		t.Errorf("a kill: %+v", e)
 	}
 	h.o.must(t, h.renews(t))
+	res, err := http.Get("http://" + h.o.addresses.Metrics + "/metrics")
+	h.o.must(t, err)
+	defer res.Body.Close()
+	text, err := io.ReadAll(res.Body)
+	h.o.must(t, err)
+	if !strings.Contains(string(text), "\ninkan_issuer_unaccounted_total 2\n") {
+		t.Errorf("the metrics: %s", text)
+	}
 }
 
 // TestOffTheBooks: a renewal is refused where the TPM signed what is not in the

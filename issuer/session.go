@@ -234,6 +234,9 @@ func (i *Issuer) finish(ctx context.Context, ev *attest.Evidence, binding []byte
 	if err := i.appraised(ctx, x, ev, result, books); err != nil {
 		return nil, err
 	}
+	if books != nil {
+		i.metrics.unaccounted.Add(float64(len(books.Lost)))
+	}
 	return i.grant(ctx, a, x, result)
 }
 
