@@ -384,8 +384,8 @@ func TestPostgreSQLGone(t *testing.T) {
 	if _, err := postgres.Open(t.Context(), "replay_db", "postgres://inkan:secret@/inkan?host="+server.Dir, ""); err == nil || strings.Contains(err.Error(), "secret") || !strings.Contains(err.Error(), "replay_db_password_file") {
 		t.Errorf("a password in the URL: %v", err)
 	}
-	execute(t, server, "UPDATE receiver SET version = 2")
-	if _, err := open(); err == nil || !strings.Contains(err.Error(), "version 2") {
+	execute(t, server, "UPDATE receiver SET version = 3")
+	if _, err := open(); err == nil || !strings.Contains(err.Error(), "version 3") {
 		t.Errorf("tables of another version: %v", err)
 	}
 }

@@ -17,7 +17,7 @@ import (
 )
 
 // schemaVersion is of the tables below. Tables of another version are refused.
-const schemaVersion = 1
+const schemaVersion = 2
 
 // schema is what a receiver keeps; SQLite and PostgreSQL both know these types.
 // Times are in microseconds since 1970.
@@ -31,11 +31,10 @@ CREATE TABLE IF NOT EXISTS received_agent(
 	n     BIGINT NOT NULL     -- actions accepted
 );
 CREATE TABLE IF NOT EXISTS received_certificate(
-	key     BYTEA PRIMARY KEY, -- SHA-256 of the certificate
-	header  TEXT NOT NULL,     -- of its JWS, base64url
-	scope   BYTEA NOT NULL,    -- canonical
-	highest BIGINT NOT NULL,   -- counter
-	until   BIGINT NOT NULL
+	key    BYTEA PRIMARY KEY, -- SHA-256 of the certificate
+	header TEXT NOT NULL,     -- of its JWS, base64url
+	scope  BYTEA NOT NULL,    -- canonical
+	until  BIGINT NOT NULL    -- when the first action under it ends
 );
 CREATE TABLE IF NOT EXISTS received(
 	agent     TEXT NOT NULL,
@@ -58,6 +57,8 @@ CREATE INDEX IF NOT EXISTS received_at ON received(agent, at);
 // hours, or longer while it is not too old to be accepted. It is safe for concurrent use.
 type SQLStore struct {
 	db *sql.DB
+	// What a use does, prepared: it is most of what a use costs.
+	next, highest, same, certificate, action, old *sql.Stmt
 
 	mu     sync.Mutex
 	agents map[string]*shelf
@@ -68,6 +69,7 @@ type shelf struct {
 	mu      sync.Mutex // held for a whole use: an agent's uses are one after another anyway
 	history *history
 	n       int64     // the newest row that is in it
+	under   [32]byte  // a certificate that is in the database
 	swept   time.Time // when old rows were last deleted
 }
 
@@ -119,6 +121,21 @@ func NewSQLStore(ctx context.Context, db *sql.DB) (*SQLStore, error) {
 		return nil, err
 	}
 	s := &SQLStore{db: db, agents: make(map[string]*shelf)}
+	for _, x := range []struct {
+		to  **sql.Stmt
+		sql string
+	}{
+		{&s.next, "INSERT INTO received_agent(agent, n) VALUES($1, 1) ON CONFLICT(agent) DO UPDATE SET n = received_agent.n + 1 RETURNING n"},
+		{&s.highest, "SELECT coalesce(max(counter), 0) FROM received WHERE key = $1"},
+		{&s.same, "SELECT count(CASE WHEN id = $1 THEN 1 END), count(*) FROM received WHERE id = $1 OR key = $2 AND counter = $3"},
+		{&s.certificate, "INSERT INTO received_certificate(key, header, scope, until) VALUES($1, $2, $3, $4) ON CONFLICT(key) DO NOTHING"},
+		{&s.action, "INSERT INTO received(agent, n, id, key, counter, at, until, payload, signature) VALUES($1, $2, $3, $4, $5, $6, $7, $8, $9) ON CONFLICT DO NOTHING"},
+		{&s.old, "DELETE FROM received WHERE agent = $1 AND at < $2 AND until < $3"},
+	} {
+		if *x.to, err = db.PrepareContext(ctx, x.sql); err != nil {
+			return nil, err
+		}
+	}
 	return s, s.sweep(ctx, time.Now())
 }
 
@@ -201,10 +218,10 @@ func (s *SQLStore) Use(ctx context.Context, u Use, now time.Time) error {
 	// The agent's row is locked from here on, so that what follows sees all that
 	// other receivers accepted, and none of them accepts anything before the end.
 	var n int64
-	if err := tx.QueryRowContext(ctx, "INSERT INTO received_agent(agent, n) VALUES($1, 1) ON CONFLICT(agent) DO UPDATE SET n = received_agent.n + 1 RETURNING n", u.Agent).Scan(&n); err != nil {
+	if err := tx.StmtContext(ctx, s.next).QueryRowContext(ctx, u.Agent).Scan(&n); err != nil {
 		return err
 	}
-	if err := seen(ctx, tx, &u); err != nil {
+	if err := s.seen(ctx, tx, &u); err != nil {
 		return err
 	}
 	if n != a.n+1 {
@@ -217,11 +234,11 @@ func (s *SQLStore) Use(ctx context.Context, u Use, now time.Time) error {
 		return err
 	}
 	if now.Sub(a.swept) > time.Minute {
-		if _, err := tx.ExecContext(ctx, "DELETE FROM received WHERE agent = $1 AND at < $2 AND until < $3", u.Agent, now.Add(-remembered).UnixMicro(), now.UnixMicro()); err != nil {
+		if _, err := tx.StmtContext(ctx, s.old).ExecContext(ctx, u.Agent, now.Add(-remembered).UnixMicro(), now.UnixMicro()); err != nil {
 			return err
 		}
 	}
-	if err := keep(ctx, tx, &u, n); err != nil {
+	if err := s.keep(ctx, tx, &u, n, a.under == u.Key); err != nil {
 		return err
 	}
 	if err := tx.Commit(); err != nil {
@@ -230,7 +247,7 @@ func (s *SQLStore) Use(ctx context.Context, u Use, now time.Time) error {
 		return err
 	}
 	count()
-	a.n = n
+	a.n, a.under = n, u.Key
 	if now.Sub(a.swept) > time.Minute {
 		a.history.forget(now.Add(-remembered))
 		a.swept = now
@@ -238,17 +255,18 @@ func (s *SQLStore) Use(ctx context.Context, u Use, now time.Time) error {
 	return nil
 }
 
-// seen refuses an id or counter that was seen.
-func seen(ctx context.Context, tx *sql.Tx, u *Use) error {
+// seen refuses an id or counter that was seen. The rows of a certificate are
+// kept for longer than it lives, so they have its highest counter.
+func (s *SQLStore) seen(ctx context.Context, tx *sql.Tx, u *Use) error {
 	var highest int64
-	if err := tx.QueryRowContext(ctx, "SELECT highest FROM received_certificate WHERE key = $1", u.Key[:]).Scan(&highest); err != nil && !errors.Is(err, sql.ErrNoRows) {
+	if err := tx.StmtContext(ctx, s.highest).QueryRowContext(ctx, u.Key[:]).Scan(&highest); err != nil {
 		return err
 	}
 	if err := inWindow(u.Counter, uint64(highest)); err != nil {
 		return err
 	}
 	var same, any int64
-	if err := tx.QueryRowContext(ctx, "SELECT count(CASE WHEN id = $1 THEN 1 END), count(*) FROM received WHERE id = $1 OR key = $2 AND counter = $3", u.ID, u.Key[:], int64(u.Counter)).Scan(&same, &any); err != nil {
+	if err := tx.StmtContext(ctx, s.same).QueryRowContext(ctx, u.ID, u.Key[:], int64(u.Counter)).Scan(&same, &any); err != nil {
 		return err
 	}
 	switch {
@@ -298,16 +316,15 @@ func (a *shelf) catchUp(ctx context.Context, tx *sql.Tx, agent string) error {
 	return nil
 }
 
-// keep writes down what is accepted.
-func keep(ctx context.Context, tx *sql.Tx, u *Use, n int64) error {
+// keep writes down what is accepted; known: its certificate is there.
+func (s *SQLStore) keep(ctx context.Context, tx *sql.Tx, u *Use, n int64, known bool) error {
 	until := u.Until.UnixMicro()
-	if _, err := tx.ExecContext(ctx, `INSERT INTO received_certificate(key, header, scope, highest, until) VALUES($1, $2, $3, $4, $5)
-		ON CONFLICT(key) DO UPDATE SET until = excluded.until, highest = CASE WHEN excluded.highest > received_certificate.highest THEN excluded.highest ELSE received_certificate.highest END`,
-		u.Key[:], u.Header, u.Permit.Scope().Canonical(), int64(u.Counter), until); err != nil {
-		return err
+	if !known {
+		if _, err := tx.StmtContext(ctx, s.certificate).ExecContext(ctx, u.Key[:], u.Header, u.Permit.Scope().Canonical(), until); err != nil {
+			return err
+		}
 	}
-	res, err := tx.ExecContext(ctx, "INSERT INTO received(agent, n, id, key, counter, at, until, payload, signature) VALUES($1, $2, $3, $4, $5, $6, $7, $8, $9) ON CONFLICT DO NOTHING",
-		u.Agent, n, u.ID, u.Key[:], int64(u.Counter), u.Signed.UnixMicro(), until, u.Payload, u.Signature)
+	res, err := tx.StmtContext(ctx, s.action).ExecContext(ctx, u.Agent, n, u.ID, u.Key[:], int64(u.Counter), u.Signed.UnixMicro(), until, u.Payload, u.Signature)
 	if err != nil {
 		return err
 	}
