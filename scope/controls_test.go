@@ -155,6 +155,7 @@ func TestAuthorization(t *testing.T) {
 		"another typ":              {order, []string{resign(t, r.keys["override"], override, func(h, p string) (string, string) { return strings.Replace(h, "authorization", "policy", 1), p })}, scope.RuleControlForm, nil},
 		"another header parameter": {order, []string{resign(t, r.keys["override"], override, func(h, p string) (string, string) { return strings.Replace(h, `{`, `{"a":1,`, 1), p })}, scope.RuleControlForm, nil},
 		"the header's other form":  {order, []string{resign(t, r.keys["override"], override, func(h, p string) (string, string) { return strings.Replace(h, `{`, `{ `, 1), p })}, scope.RuleControlForm, nil},
+		"a line end in the header": {order, []string{override[:10] + "\n" + override[10:]}, scope.RuleControlForm, nil},
 		"alg none":                 {order, []string{resign(t, r.keys["override"], override, func(h, p string) (string, string) { return strings.Replace(h, "ES256", "none", 1), p })}, scope.RuleControlForm, nil},
 		"the payload's other form": {order, []string{resign(t, r.keys["override"], override, func(h, p string) (string, string) { return h, strings.Replace(p, `{`, `{ `, 1) })}, scope.RuleControlForm, nil},
 		"an unknown member":        {order, []string{resign(t, r.keys["override"], override, func(h, p string) (string, string) { return h, strings.Replace(p, `"issued"`, `"hint":"1","issued"`, 1) })}, scope.RuleControlForm, nil},

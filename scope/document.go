@@ -51,9 +51,9 @@ func parseSigned(text, typ string, max int, v any) (*signed, error) {
 	if err != nil {
 		return nil, err
 	}
-	raw, err := base64.RawURLEncoding.Strict().DecodeString(m.EncodedHeader)
+	raw, err := m.RawHeader()
 	if err != nil {
-		return nil, errors.New("header: base64url is expected")
+		return nil, err
 	}
 	var h documentHeader
 	if err := canonicalDocument(raw, 512, &h); err != nil {

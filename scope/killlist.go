@@ -125,9 +125,9 @@ func parseKillList(text string, ca crypto.PublicKey) (*KillList, error) {
 	if err != nil {
 		return nil, err
 	}
-	raw, err := base64.RawURLEncoding.Strict().DecodeString(m.EncodedHeader)
+	raw, err := m.RawHeader()
 	if err != nil {
-		return nil, errors.New("header: base64url is expected")
+		return nil, err
 	}
 	var h killListHeader
 	if err := canonicalDocument(raw, 512, &h); err != nil {

@@ -116,15 +116,25 @@ func Split(compact []byte) (*Message, error) {
 // Header decodes the protected header, strictly. alg, typ and the certificates
 // are for the caller to judge.
 func (m *Message) Header() (*Parameters, error) {
-	j, err := decode([]byte(m.EncodedHeader))
+	j, err := m.RawHeader()
 	if err != nil {
-		return nil, fmt.Errorf("%w: header: %w", ErrForm, err)
+		return nil, err
 	}
 	var p Parameters
 	if err := strictjson.Unmarshal(j, MaxHeader, &p); err != nil {
 		return nil, fmt.Errorf("%w: header: %w", ErrForm, err)
 	}
 	return &p, nil
+}
+
+// RawHeader returns the protected header's JSON, for messages that are no
+// actions and have other parameters. It is in the one spelling of base64url.
+func (m *Message) RawHeader() ([]byte, error) {
+	j, err := decode([]byte(m.EncodedHeader))
+	if err != nil {
+		return nil, fmt.Errorf("%w: header: %w", ErrForm, err)
+	}
+	return j, nil
 }
 
 // decode is strict base64url: the decoder skips line ends, so they are refused first.
