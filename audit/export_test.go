@@ -187,6 +187,33 @@ func TestExportSchema(t *testing.T) {
 	}
 }
 
+// TestExportClock: an export says what was known of the clock.
+func TestExportClock(t *testing.T) {
+	d := newDesk(t)
+	now := time.Now()
+	p, err := scope.Check(d.scope, action(1, "100"), scope.Env{Now: now, AttestedAt: now, Clock: &scope.Clock{Source: scope.ClockChrony, Divergence: 42}})
+	if err != nil {
+		t.Fatal(err)
+	}
+	r, err := d.log.Record(t.Context(), p, d.id)
+	if err != nil {
+		t.Fatal(err)
+	}
+	d.sign(t, r)
+	d.seal(t)
+	export := d.export(t, audit.ExportOptions{})
+	if !bytes.Contains(export, []byte(`"clock_source":"chrony"`)) || !bytes.Contains(export, []byte(`"clock_divergence_us":"42"`)) {
+		t.Errorf("the clock is missing:\n%s", export)
+	}
+	if _, err := d.verifyExport(export); err != nil {
+		t.Error(err)
+	}
+	var unproven *audit.Unproven
+	if _, err := d.verifyExport(bytes.Replace(export, []byte(`"clock_divergence_us":"42"`), []byte(`"clock_divergence_us":"1"`), 1)); !errors.As(err, &unproven) {
+		t.Errorf("another divergence than the statement's verifies: %v", err)
+	}
+}
+
 // TestExportStart: an export has the start documents that its entries name.
 func TestExportStart(t *testing.T) {
 	d, doc := confined(t, nil)

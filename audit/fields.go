@@ -69,6 +69,9 @@ type Fields struct {
 	Policy         string `json:"policy_sha256,omitzero"`  // in effect beside the certificate's scope
 	Authorizations string `json:"authorizations,omitzero"` // of controllers, that came with the action: each the exact JWS, with spaces between
 
+	ClockSource       string `json:"clock_source,omitzero"`        // who keeps the signer's clock
+	ClockDivergenceUS string `json:"clock_divergence_us,omitzero"` // from UTC, at most, as the source estimates it
+
 	NativeFormat string `json:"native_format,omitzero"`
 	NativeSHA256 string `json:"native_sha256,omitzero"`
 
@@ -142,6 +145,9 @@ func fieldsOf(st *scope.Statement, c *certext.ActionCertificate, signed bool) *F
 		f.Policy = digest(*p)
 	}
 	f.Authorizations = strings.Join(st.Authorized, " ")
+	if c := st.Clock; c != nil {
+		f.ClockSource, f.ClockDivergenceUS = c.Source, fmt.Sprint(c.Divergence)
+	}
 	if n := st.Native; n != nil {
 		f.NativeFormat, f.NativeSHA256 = n.Format, n.SHA256
 	}
