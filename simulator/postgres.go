@@ -255,9 +255,61 @@ func (p *PostgreSQL) unlockDead() error {
 // PID of the server's first process, the parent of the others.
 func (p *PostgreSQL) PID() int { return p.child.cmd.Process.Pid }
 
-// Kill ends the server as a crash would: its other processes end when they see
-// that the first one is gone.
-func (p *PostgreSQL) Kill() error { return p.child.end(syscall.SIGKILL) }
+// Kill ends the server as a crash of the host would, all its processes at once.
+// The others would end by themselves when they see that the first one is gone, but
+// until then they answer on connections that stand.
+func (p *PostgreSQL) Kill() error {
+	others, err := p.children()
+	if err != nil {
+		return err
+	}
+	if err := p.child.end(syscall.SIGKILL); err != nil {
+		return err
+	}
+	for _, pid := range others {
+		if err := syscall.Kill(pid, syscall.SIGKILL); err != nil && !errors.Is(err, syscall.ESRCH) {
+			return err
+		}
+	}
+	for limit := time.Now().Add(postgresReady); slices.ContainsFunc(others, runs); time.Sleep(time.Millisecond) {
+		if time.Now().After(limit) {
+			return errors.New("processes of the killed server do not end")
+		}
+	}
+	return nil
+}
+
+// children are the server's other processes.
+func (p *PostgreSQL) children() ([]int, error) {
+	if p.child == nil || !p.child.running() {
+		return nil, nil
+	}
+	tasks, err := filepath.Glob(fmt.Sprintf("/proc/%d/task/*/children", p.PID()))
+	if err != nil {
+		return nil, err
+	}
+	var out []int
+	for _, t := range tasks {
+		b, err := os.ReadFile(t)
+		if err != nil {
+			return nil, err
+		}
+		for _, field := range strings.Fields(string(b)) {
+			pid, err := strconv.Atoi(field)
+			if err != nil {
+				return nil, err
+			}
+			out = append(out, pid)
+		}
+	}
+	return out, nil
+}
+
+// runs: there is such a process, and it is more than a number that nobody has waited for.
+func runs(pid int) bool {
+	status, err := os.ReadFile(fmt.Sprintf("/proc/%d/stat", pid))
+	return err == nil && !strings.Contains(string(status), ") Z ")
+}
 
 // Close shuts the server down in order; connections are closed.
 func (p *PostgreSQL) Close() error {
