@@ -16,7 +16,7 @@ import (
 var allowed = map[string][]string{
 	"approver":            {"attest", "scope", "verify", "verify/source", "internal/certext", "internal/httpsig", "internal/jws", "internal/problem", "internal/strictjson", "internal/postgres", "github.com/jackc/pgx/v5", "modernc.org/sqlite", "github.com/prometheus/client_golang"},
 	"approver/client":     {"internal/problem", "internal/strictjson"},
-	"attest":              {"internal/strictjson", "github.com/google/go-tpm"},
+	"attest":              {"internal/certext", "internal/strictjson", "github.com/google/go-tpm"},
 	"audit":               {"scope", "internal/certext", "internal/jws", "internal/strictjson", "golang.org/x/mod", "golang.org/x/sys", "modernc.org/sqlite"},
 	"audit/report":        {"audit", "scope", "internal/certext"},
 	"cmd/inkan":           {"*"},
@@ -25,7 +25,7 @@ var allowed = map[string][]string{
 	"examples/bot":        {},
 	"hsm":                 {"internal/strictjson", "github.com/ThalesGroup/crypto11", "github.com/miekg/pkcs11"},
 	"internal/anchor":     {"audit", "tpm"},
-	"internal/attester":   {"attest", "journal", "tpm", "internal/problem", "internal/strictjson"},
+	"internal/attester":   {"internal/certext", "attest", "journal", "tpm", "internal/problem", "internal/strictjson"},
 	"internal/caller":     {"golang.org/x/sys"},
 	"internal/clock":      {"scope", "golang.org/x/sys"},
 	"internal/certext":    {"internal/strictjson"},

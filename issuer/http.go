@@ -171,6 +171,25 @@ func (i *Issuer) agentHandler() http.Handler {
 		i.metrics.appraisal.Observe(time.Since(begun).Seconds())
 		problem.JSON(w, http.StatusOK, g)
 	})
+	mux.HandleFunc("POST /v1/declarations", func(w http.ResponseWriter, r *http.Request) {
+		var x attest.Declaration
+		if err := read(r, &x); err != nil {
+			i.fail(w, r, err)
+			return
+		}
+		binding, err := r.TLS.ExportKeyingMaterial(attest.BindingLabel, nil, attest.BindingSize)
+		if err != nil {
+			i.fail(w, r, err)
+			return
+		}
+		g, err := i.declared(r.Context(), &x, binding, peer(r))
+		if err != nil {
+			i.decide(w, r, x.Agent, nil, err)
+			return
+		}
+		i.metrics.issued.Inc()
+		problem.JSON(w, http.StatusOK, g)
+	})
 	mux.HandleFunc("GET /v1/kills", i.serveKills)
 	mux.HandleFunc("GET /openapi.json", static("application/json", agentOpenAPI))
 	return i.guard(mux)

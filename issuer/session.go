@@ -92,6 +92,9 @@ func (i *Issuer) begin(ctx context.Context, h *attest.Hello, from netip.Addr) (*
 	} else if err != nil {
 		return nil, err
 	}
+	if x.device.Unattested {
+		return nil, refuse("U1", "device %s is a host without a TPM in the inventory", x.device.ID)
+	}
 	a, err := i.agentOf(ctx, h.Agent, x.device.ID, from)
 	if err != nil {
 		return nil, err

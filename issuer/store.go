@@ -24,7 +24,8 @@ const schemaVersion = 2
 const schema = `
 CREATE TABLE device(
 	id            TEXT PRIMARY KEY,
-	ek            BLOB NOT NULL UNIQUE,  -- SHA-256 of the SPKI
+	ek            BLOB NOT NULL UNIQUE,  -- SHA-256 of the SPKI; without a TPM that of the one key, in an HSM, that is certified for it
+	unattested    INTEGER NOT NULL,      -- the host has no TPM
 	roots         TEXT NOT NULL,         -- PEM; empty: the EK is pinned
 	intermediates TEXT NOT NULL,
 	crls          TEXT NOT NULL,         -- PEM of the vendor's; empty: it publishes none
@@ -114,13 +115,16 @@ type Device struct {
 	AllowExpired  bool   `json:"allow_expired,omitzero"`  // of the EK certificate
 	UnsafeClock   bool   `json:"unsafe_clock,omitzero"`   // accept a clock after a loss of power
 	MinFirmware   int64  `json:"min_firmware,omitzero"`
-	Enrolled      bool   `json:"enrolled,omitzero"`  // it has an AK on record; output only
-	EpochMin      uint64 `json:"epoch_min,omitzero"` // that its epoch counter must have; 0: it has no epochs; output only
-	Epoch         uint64 `json:"epoch,omitzero"`     // that it had at the last accepted evidence; output only
-	ak, srk       []byte
-	clock         *attest.Clock
-	audit         *uint64
-	testimony     []byte
+	// Unattested says that the host has no TPM: nothing is proven of it, and EK is
+	// the SHA-256 of the SPKI of the one key, in an HSM, that may be certified.
+	Unattested bool   `json:"unattested,omitzero"`
+	Enrolled   bool   `json:"enrolled,omitzero"`  // it has an AK on record; output only
+	EpochMin   uint64 `json:"epoch_min,omitzero"` // that its epoch counter must have; 0: it has no epochs; output only
+	Epoch      uint64 `json:"epoch,omitzero"`     // that it had at the last accepted evidence; output only
+	ak, srk    []byte
+	clock      *attest.Clock
+	audit      *uint64
+	testimony  []byte
 }
 
 // Agent is an agent in the inventory.
@@ -169,7 +173,7 @@ type Certificate struct {
 type Event struct {
 	ID       int64     `json:"id"`
 	Time     time.Time `json:"time"`
-	Kind     string    `json:"kind"` // refused, appraised, issued, revoked, changed
+	Kind     string    `json:"kind"` // refused, appraised, declared, unaccounted, issued, revoked, changed
 	Agent    string    `json:"agent,omitempty"`
 	Device   string    `json:"device,omitempty"`
 	Check    string    `json:"check,omitempty"` // what decided
@@ -264,6 +268,8 @@ func (s *store) addDevice(ctx context.Context, d Device, now time.Time) error {
 		return fmt.Errorf("device %s: ek: %w: the SHA-256 of the EK's SPKI in hex is expected; inkan tpm info shows it", d.ID, ErrInvalid)
 	case d.MinFirmware < 0:
 		return fmt.Errorf("device %s: min_firmware: %w", d.ID, ErrInvalid)
+	case d.Unattested && (d.Roots != "" || d.Intermediates != "" || d.CRLs != "" || d.AllowExpired || d.UnsafeClock || d.MinFirmware != 0):
+		return fmt.Errorf("device %s: %w: a host without a TPM has its key's SHA-256 and nothing of a TPM", d.ID, ErrInvalid)
 	}
 	for name, pem := range map[string]string{"roots": d.Roots, "intermediates": d.Intermediates} {
 		if pem == "" {
@@ -279,8 +285,8 @@ func (s *store) addDevice(ctx context.Context, d Device, now time.Time) error {
 		}
 	}
 	return s.inTx(ctx, func(tx *sql.Tx) error {
-		_, err := tx.ExecContext(ctx, "INSERT INTO device(id, ek, roots, intermediates, crls, allow_expired, unsafe_clock, min_firmware, created) VALUES(?, ?, ?, ?, ?, ?, ?, ?, ?)",
-			d.ID, ek, d.Roots, d.Intermediates, d.CRLs, d.AllowExpired, d.UnsafeClock, d.MinFirmware, now.Unix())
+		_, err := tx.ExecContext(ctx, "INSERT INTO device(id, ek, unattested, roots, intermediates, crls, allow_expired, unsafe_clock, min_firmware, created) VALUES(?, ?, ?, ?, ?, ?, ?, ?, ?, ?)",
+			d.ID, ek, d.Unattested, d.Roots, d.Intermediates, d.CRLs, d.AllowExpired, d.UnsafeClock, d.MinFirmware, now.Unix())
 		if err := constraint(err, "device "+d.ID); err != nil {
 			return err
 		}
@@ -288,13 +294,13 @@ func (s *store) addDevice(ctx context.Context, d Device, now time.Time) error {
 	})
 }
 
-const deviceColumns = "id, ek, roots, intermediates, crls, allow_expired, unsafe_clock, min_firmware, ak, srk, clock_ms, resets, restarts, epoch_min, epoch, audit, testimony"
+const deviceColumns = "id, ek, unattested, roots, intermediates, crls, allow_expired, unsafe_clock, min_firmware, ak, srk, clock_ms, resets, restarts, epoch_min, epoch, audit, testimony"
 
 func scanDevice(row interface{ Scan(...any) error }) (*Device, error) {
 	var d Device
 	var ek []byte
 	var ms, resets, restarts, audit sql.NullInt64
-	if err := row.Scan(&d.ID, &ek, &d.Roots, &d.Intermediates, &d.CRLs, &d.AllowExpired, &d.UnsafeClock, &d.MinFirmware, &d.ak, &d.srk, &ms, &resets, &restarts, &d.EpochMin, &d.Epoch, &audit, &d.testimony); err != nil {
+	if err := row.Scan(&d.ID, &ek, &d.Unattested, &d.Roots, &d.Intermediates, &d.CRLs, &d.AllowExpired, &d.UnsafeClock, &d.MinFirmware, &d.ak, &d.srk, &ms, &resets, &restarts, &d.EpochMin, &d.Epoch, &audit, &d.testimony); err != nil {
 		return nil, err
 	}
 	d.EK, d.Enrolled = hex.EncodeToString(ek), d.ak != nil
@@ -306,6 +312,14 @@ func scanDevice(row interface{ Scan(...any) error }) (*Device, error) {
 		d.clock = &attest.Clock{Milliseconds: uint64(ms.Int64), Resets: uint32(resets.Int64), Restarts: uint32(restarts.Int64)}
 	}
 	return &d, nil
+}
+
+func (s *store) device(ctx context.Context, id string) (*Device, error) {
+	d, err := scanDevice(s.db.QueryRowContext(ctx, "SELECT "+deviceColumns+" FROM device WHERE id = ?", id))
+	if errors.Is(err, sql.ErrNoRows) {
+		return nil, ErrNotFound
+	}
+	return d, err
 }
 
 func (s *store) deviceByEK(ctx context.Context, ek [32]byte) (*Device, error) {

@@ -164,6 +164,10 @@ func ParseYAML(b []byte) (*Scope, error) {
 	return compile(d)
 }
 
+// BoundsAttestation says whether the scope bounds the age of the evidence
+// behind the certificate: then there must be some.
+func (s *Scope) BoundsAttestation() bool { return s.doc.AttestationS != 0 }
+
 // ParseCanonical reads a scope and refuses every spelling but the canonical
 // one. It is for scopes in certificates.
 func ParseCanonical(b []byte) (*Scope, error) {

@@ -30,7 +30,7 @@ type Config struct {
 	SocketMode    string         `json:"socket_mode,omitempty"`    // octal; 0666 by default: callers are authenticated, whoever they are
 	StateDir      string         `json:"state_dir"`                // keys, certificates and records
 	MetricsListen string         `json:"metrics_listen,omitempty"` // host:port; empty: none
-	TPM           string         `json:"tpm"`                      // /dev/tpmrm0, or the socket of a software TPM
+	TPM           string         `json:"tpm,omitempty"`            // /dev/tpmrm0, or the socket of a software TPM; empty: the host has none, and all keys are in HSMs
 	OwnerAuthFile string         `json:"owner_auth_file,omitempty"`
 	EndorsementF  string         `json:"endorsement_auth_file,omitempty"`
 	Issuer        IssuerConfig   `json:"issuer"`
@@ -165,7 +165,7 @@ func (c *Config) validate(dir string) error {
 			*p = filepath.Join(dir, *p)
 		}
 	}
-	for name, v := range map[string]string{"socket": c.Socket, "state_dir": c.StateDir, "tpm": c.TPM, "issuer.url": c.Issuer.URL, "issuer.ca": c.Issuer.CA} {
+	for name, v := range map[string]string{"socket": c.Socket, "state_dir": c.StateDir, "issuer.url": c.Issuer.URL, "issuer.ca": c.Issuer.CA} {
 		if v == "" {
 			return fmt.Errorf("%s is missing", name)
 		}
@@ -176,7 +176,11 @@ func (c *Config) validate(dir string) error {
 	switch c.CommandAudit {
 	case "":
 		c.CommandAudit = AuditAuto
-	case AuditAuto, AuditRequired, AuditOff:
+	case AuditAuto, AuditOff:
+	case AuditRequired:
+		if c.TPM == "" {
+			return errors.New("command_audit: required, and there is no tpm that could testify")
+		}
 	default:
 		return fmt.Errorf("command_audit %.16q: %s, %s or %s is expected", c.CommandAudit, AuditAuto, AuditRequired, AuditOff)
 	}
@@ -248,6 +252,9 @@ func (c *Config) validate(dir string) error {
 		below(&a.Policy)
 		if err := a.validate(below); err != nil {
 			return fmt.Errorf("agent %.80q: %w", a.Name, err)
+		}
+		if c.TPM == "" && (a.Key == "" || a.TLSKey != "" || a.Cancels || strings.Contains(a.Key, "pin-source=sealed:")) {
+			return fmt.Errorf("agent %s: without a tpm the action key is in an HSM (key), there is no tls_key and no cancel_without_approver, and the PIN is not sealed", a.Name)
 		}
 		for _, x := range a.Callers {
 			if x.SPIFFEID != "" && (c.Remote == nil || !x.id.MemberOf(c.Remote.domain)) {

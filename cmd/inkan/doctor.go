@@ -375,7 +375,7 @@ func (d *doctor) signer(c *cli.Context) {
 	}
 	options, err := hierarchyAuth(config)
 	h.close() // a software TPM serves one client at a time
-	if err == nil {
+	if err == nil && config.TPM != "" {
 		books := filepath.Join(config.StateDir, journal.FileName)
 		if _, err := os.Stat(books); err != nil {
 			books = ""
@@ -411,19 +411,10 @@ func (d *doctor) agent(ctx context.Context, h *host, a *signer.AgentConfig) {
 		left := time.Until(chain[0].NotAfter)
 		d.expect(left > 0, "certificate", stateRefused, fmt.Sprintf("serial %x, until %s", chain[0].SerialNumber, chain[0].NotAfter.UTC().Format(time.RFC3339)), "renewal failed: the signer's log says why")
 	}
-	if r, err := h.dev.Counter(a.Name).Read(); err == nil {
-		d.ok("rollback protection", "counter %#x is %d", tpm.CounterIndex(a.Name), r.Value)
-	} else if errors.Is(err, tpm.ErrNoCounter) {
-		d.expect(len(chain) == 0, "rollback protection", stateRefused, "the TPM has no counter for the record", "enrolment makes it; if it was there before, somebody has removed it: docs/record.md")
+	if h.dev == nil {
+		d.add("attestation", stateNote, "the host has no TPM: nothing is proven of it, and an older record in the place of the record is not found out", "")
 	} else {
-		d.add("rollback protection", stateRefused, err.Error(), "")
-	}
-	policies, err := attester.Policies(ctx, h.issuer, h.dev, a.Name)
-	if err != nil {
-		d.add("issuer", stateRefused, err.Error(), "a check's name in front says what the issuer looks at: docs/attestation.md")
-	} else {
-		d.ok("issuer", "knows this device and the agent at %s", h.config.Issuer.URL)
-		d.approval(h, policies)
+		d.attested(ctx, h, a.Name, chain)
 	}
 	if a.Key == "" {
 		d.keyInTPM(h, state, chain)
@@ -439,6 +430,24 @@ func (d *doctor) agent(ctx context.Context, h *host, a *signer.AgentConfig) {
 		d.describeToken(t)
 	}
 	d.certified(chain, k)
+}
+
+// attested examines what ties an agent to this host's TPM.
+func (d *doctor) attested(ctx context.Context, h *host, agent string, chain []*x509.Certificate) {
+	if r, err := h.dev.Counter(agent).Read(); err == nil {
+		d.ok("rollback protection", "counter %#x is %d", tpm.CounterIndex(agent), r.Value)
+	} else if errors.Is(err, tpm.ErrNoCounter) {
+		d.expect(len(chain) == 0, "rollback protection", stateRefused, "the TPM has no counter for the record", "enrolment makes it; if it was there before, somebody has removed it: docs/record.md")
+	} else {
+		d.add("rollback protection", stateRefused, err.Error(), "")
+	}
+	policies, err := attester.Policies(ctx, h.issuer, h.dev, agent)
+	if err != nil {
+		d.add("issuer", stateRefused, err.Error(), "a check's name in front says what the issuer looks at: docs/attestation.md")
+	} else {
+		d.ok("issuer", "knows this device and the agent at %s", h.config.Issuer.URL)
+		d.approval(h, policies)
+	}
 }
 
 // approval says whether the host is in an approved state, and if not by which PCRs.

@@ -1,8 +1,11 @@
 package main
 
 import (
+	"crypto/sha256"
+	"crypto/x509"
 	"encoding/hex"
 	"errors"
+	"fmt"
 	"os"
 
 	"github.com/urfave/cli/v2"
@@ -59,8 +62,13 @@ func hsmCommand(e *env) *cli.Command {
 							return err
 						}
 						s := t.Stats()
-						return e.show(c, map[string]any{"key": k.Attributes(), "signature_microseconds": s.Latency.Microseconds(), "sessions": s.Sessions}, func() {
-							e.printf("key %x is good; one signature took %v; the token gave %d sessions\n", u.ID, s.Latency, s.Sessions)
+						spki, err := x509.MarshalPKIXPublicKey(k.Public())
+						if err != nil {
+							return err
+						}
+						pin := fmt.Sprintf("%x", sha256.Sum256(spki))
+						return e.show(c, map[string]any{"key": k.Attributes(), "spki_sha256": pin, "signature_microseconds": s.Latency.Microseconds(), "sessions": s.Sessions}, func() {
+							e.printf("key %x is good; one signature took %v; the token gave %d sessions\nSHA-256 of its SPKI: %s\n", u.ID, s.Latency, s.Sessions, pin)
 						})
 					})
 				},

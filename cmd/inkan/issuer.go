@@ -67,7 +67,7 @@ func issuerCommand(e *env) *cli.Command {
 				sub("add", "add a TPM", deviceAdd, adminFlags(str("id", "`NAME` of the device"), str("ek-certificate", "PEM `FILE` of the EK certificate"),
 					&cli.StringSliceFlag{Name: "ek-root", Usage: "PEM `FILE` with roots of the TPM's vendor"}, &cli.StringSliceFlag{Name: "ek-intermediate", Usage: "PEM `FILE` with CAs below the roots"},
 					&cli.StringSliceFlag{Name: "ek-crl", Usage: "`FILE` with a revocation list of the vendor, PEM or DER; then a current one is demanded"},
-					str("ek-pin", "SHA-256 of the EK's SPKI in `HEX`, for a TPM without a certificate"), &cli.BoolFlag{Name: "allow-expired", Usage: "accept an expired EK certificate"},
+					str("ek-pin", "SHA-256 of the EK's SPKI in `HEX`, for a TPM without a certificate"), str("without-tpm", "the host has no TPM, nothing is proven of it, and only the key with this SHA-256 of its SPKI, in an HSM, may be certified: `HEX`, from inkan hsm check"), &cli.BoolFlag{Name: "allow-expired", Usage: "accept an expired EK certificate"},
 					&cli.BoolFlag{Name: "unsafe-clock", Usage: "accept a TPM clock that lost power without a shutdown"}, &cli.Int64Flag{Name: "min-firmware", Usage: "lowest firmware `VERSION`"})...),
 				sub("list", "list the devices", deviceList, adminFlags()...),
 				sub("epoch", "demand that a device's epoch counter be at least a number, which ends older approvals", deviceEpoch, adminFlags(str("id", "`NAME` of the device"),
@@ -279,6 +279,16 @@ func deviceAdd(e *env, c *cli.Context) error {
 	return withClient(c, "id", func(cl *issuer.Client, id string) error {
 		d := issuer.Device{ID: id, EK: c.String("ek-pin"), AllowExpired: c.Bool("allow-expired"), UnsafeClock: c.Bool("unsafe-clock"), MinFirmware: c.Int64("min-firmware")}
 		cert := c.String("ek-certificate")
+		if pin := c.String("without-tpm"); pin != "" {
+			if d.EK != "" || cert != "" {
+				return usage("--without-tpm stands with no EK")
+			}
+			d.EK, d.Unattested = pin, true
+			if err := cl.AddDevice(c.Context, d); err != nil {
+				return err
+			}
+			return e.show(c, d, func() { e.printf("device %s has no TPM; the key %s may be certified for it\n", d.ID, d.EK) })
+		}
 		switch {
 		case (d.EK == "") == (cert == ""):
 			return usage("give --ek-certificate with --ek-root, or --ek-pin")

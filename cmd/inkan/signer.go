@@ -85,7 +85,7 @@ func readSignerConfig(c *cli.Context) (*signer.Config, error) {
 // host is this machine as the issuer sees it: a TPM and agents' state.
 type host struct {
 	config  *signer.Config
-	dev     *tpm.Device
+	dev     *tpm.Device // nil: the host has no TPM
 	issuer  attester.Issuer
 	journal *journal.Journal         // of what the TPM signs; nil: none is kept
 	keys    map[string]*tpm.Key      // action keys in the TPM, by agent
@@ -218,11 +218,14 @@ func openHost(config *signer.Config) (*host, error) {
 	if err != nil {
 		return nil, err
 	}
-	dev, err := tpm.OpenWith(config.TPM, o)
-	if err != nil {
+	h := &host{config: config, issuer: attester.Issuer{URL: config.Issuer.URL, Roots: roots}, keys: make(map[string]*tpm.Key), tokens: make(map[string]crypto.Signer), tls: make(map[string]*tpm.Key), cancel: make(map[string]*tpm.Key), stats: make(map[string]func() signer.DeviceStatus)}
+	if config.TPM == "" {
+		return h, nil
+	}
+	if h.dev, err = tpm.OpenWith(config.TPM, o); err != nil {
 		return nil, err
 	}
-	h := &host{config: config, dev: dev, issuer: attester.Issuer{URL: config.Issuer.URL, Roots: roots}, keys: make(map[string]*tpm.Key), tokens: make(map[string]crypto.Signer), tls: make(map[string]*tpm.Key), cancel: make(map[string]*tpm.Key), stats: make(map[string]func() signer.DeviceStatus), closer: []io.Closer{dev}}
+	h.closer = append(h.closer, h.dev)
 	return h, nil
 }
 
@@ -241,6 +244,10 @@ func openSigningHost(config *signer.Config) (*host, error) {
 
 // startAudit has the TPM testify to its signatures, and keeps a journal of them.
 func (h *host) startAudit() error {
+	if h.dev == nil {
+		h.audit = "there is no TPM"
+		return nil
+	}
 	if h.config.CommandAudit == signer.AuditOff {
 		h.audit = "off in the configuration"
 		return nil
@@ -285,6 +292,9 @@ func (h *host) enrol(ctx context.Context, agent string) ([]*x509.Certificate, ti
 	external, err := h.external(ctx, agent)
 	if err != nil {
 		return nil, time.Time{}, err
+	}
+	if h.dev == nil {
+		return h.declare(ctx, agent, state, external[attest.PurposeAction])
 	}
 	vouched, err := h.vouched(agent, external)
 	if err != nil {
@@ -333,6 +343,19 @@ func (h *host) enrol(ctx context.Context, agent string) ([]*x509.Certificate, ti
 	return action, out.Grant.RenewAfter, h.keepPolicies(out.Policies)
 }
 
+// declare is enrol on a host without a TPM.
+func (h *host) declare(ctx context.Context, agent string, state *signer.State, key crypto.Signer) ([]*x509.Certificate, time.Time, error) {
+	out, err := attester.Declare(ctx, h.issuer, agent, key)
+	if err != nil {
+		return nil, time.Time{}, err
+	}
+	chain, err := out.Chain(attest.PurposeAction, key.Public())
+	if err != nil {
+		return nil, time.Time{}, err
+	}
+	return chain, out.Grant.RenewAfter, state.SaveChain(attest.PurposeAction, chain)
+}
+
 // keepPolicies keeps what the issuer approved for this host, for every agent
 // that has keys: an epoch that one agent's renewal began is all agents'.
 func (h *host) keepPolicies(p *tpm.Policies) error {
@@ -379,7 +402,11 @@ func (h *host) credentials(ctx context.Context, agent string) (signer.Credential
 		return signer.Credentials{}, err
 	}
 	if k := external[attest.PurposeAction]; k != nil {
-		return signer.Credentials{Key: k, Chain: chain, Device: h.stats[agent], Anchor: anchor.New(h.dev, agent)}, nil
+		cred := signer.Credentials{Key: k, Chain: chain, Device: h.stats[agent]}
+		if h.dev != nil {
+			cred.Anchor = anchor.New(h.dev, agent)
+		}
+		return cred, nil
 	}
 	keys, err := state.Keys(attest.PurposeAction)
 	if err != nil {
@@ -506,6 +533,9 @@ func signerSealPIN(e *env, c *cli.Context) error {
 	pin, err := hsm.ReadPIN(source, nil)
 	if err != nil {
 		return err
+	}
+	if config.TPM == "" {
+		return errors.New("there is no tpm in the configuration, so nothing to seal to")
 	}
 	h, err := openHost(config)
 	if err != nil {

@@ -30,6 +30,10 @@ var (
 	OIDScope = below(1, 1)
 	// OIDAttestation is the extension that says what was attested.
 	OIDAttestation = below(1, 2)
+	// OIDChannel is the extension of a certificate request that carries the TLS
+	// channel which it is sent over, so that it serves on no other one (as RFC 7030, section
+	// 3.5, does with a challenge password): the bytes of the channel's exporter.
+	OIDChannel = below(1, 3)
 	// OIDAgentAction is the extended key usage of an action certificate.
 	OIDAgentAction = below(2, 1)
 	// OIDAdministrator is the extended key usage of a certificate for the issuer's admin API.
