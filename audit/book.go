@@ -126,23 +126,31 @@ func (l *Log) bookUpTo(ctx context.Context, head Head) (*scope.Book, uint64, err
 			book.Recall(st)
 		}
 	}
-	for next := from + 1; next <= head.Size; next += bookBatch {
-		list, err := l.Statements(ctx, next, min(next+bookBatch-1, head.Size))
+	if err := l.count(ctx, book, from+1, head.Size); err != nil {
+		return nil, 0, err
+	}
+	return book, from, nil
+}
+
+// count replays the entries with the numbers from first to last, some at a time.
+func (l *Log) count(ctx context.Context, book *scope.Book, first, last uint64) error {
+	for next := first; next <= last; next += bookBatch {
+		list, err := l.Statements(ctx, next, min(next+bookBatch-1, last))
 		if err != nil {
-			return nil, 0, err
+			return err
 		}
 		statements, err := parseAll(list)
 		if err != nil {
-			return nil, 0, err
+			return err
 		}
 		for _, st := range statements {
 			if st.Controls != book.Lasting() {
-				return nil, 0, fmt.Errorf("%w: entry %d names another event before it than there is", ErrDamaged, st.Counter)
+				return fmt.Errorf("%w: entry %d names another event before it than there is", ErrDamaged, st.Counter)
 			}
 			book.Replay(st)
 		}
 	}
-	return book, from, nil
+	return nil
 }
 
 // parseAll reads statements on all processors.

@@ -18,7 +18,7 @@ import (
 	"errors"
 	"fmt"
 	"os"
-	"slices"
+	"sort"
 	"strings"
 	"sync"
 	"time"
@@ -317,54 +317,39 @@ func (l *Log) remember(ctx context.Context) error {
 	return nil
 }
 
-// replay reads the entries up to that of a head that count: those of the
-// longest window, read backwards, and the events whose effect lasts, of which
-// each names the one before it. So a long record costs nothing.
+// replay counts the entries up to that of a head that can matter: those of the
+// longest window, those since the oldest order that is open, and the events whose effect lasts, of
+// which each names the one before it. Times do not go back in a record, so the first one is
+// found by halving, and a long record costs nothing.
 func (l *Log) replay(ctx context.Context, head Head) (*scope.Book, error) {
+	last, _, err := l.at(ctx, head.Size)
+	if err != nil {
+		return nil, err
+	}
+	oldest := last.Time.Time.Add(-scope.MaxWindow)
+	var failed error
+	first := uint64(sort.Search(int(head.Size)-1, func(i int) bool {
+		st, _, err := l.at(ctx, uint64(i)+1)
+		failed = errors.Join(failed, err)
+		return err != nil || !st.Time.Time.Before(oldest)
+	})) + 1
+	if failed != nil {
+		return nil, failed
+	}
+	if last.Open != 0 {
+		first = min(first, uint64(last.Open))
+	}
+	lasting, err := l.lasting(ctx, last)
+	if err != nil {
+		return nil, err
+	}
 	book := scope.NewBook()
-	rows, err := l.db.QueryContext(ctx, "SELECT statement FROM leaf WHERE counter <= ? ORDER BY counter DESC", int64(head.Size))
-	if err != nil {
-		return nil, err
-	}
-	defer rows.Close()
-	var recent []*scope.Statement // the latest first
-	var oldest time.Time
-	for rows.Next() {
-		var b []byte
-		if err := rows.Scan(&b); err != nil {
-			return nil, err
-		}
-		st, err := scope.ParseStatement(b)
-		if err != nil {
-			return nil, fmt.Errorf("%w: %w", ErrDamaged, err)
-		}
-		if len(recent) == 0 {
-			oldest = st.Time.Time.Add(-scope.MaxWindow)
-		} else if st.Time.Time.Before(oldest) && (recent[0].Open == 0 || st.Counter < recent[0].Open) {
-			break
-		}
-		recent = append(recent, st)
-	}
-	if err := errors.Join(rows.Err(), rows.Close()); err != nil || len(recent) == 0 {
-		return book, err
-	}
-	lasting, err := l.lasting(ctx, recent[0])
-	if err != nil {
-		return nil, err
-	}
-	first := recent[len(recent)-1].Counter
 	for _, st := range lasting {
-		if st.Counter < first {
+		if uint64(st.Counter) < first {
 			book.Replay(st)
 		}
 	}
-	for _, st := range slices.Backward(recent) {
-		if st.Controls != book.Lasting() {
-			return nil, fmt.Errorf("%w: entry %d names another event before it than there is", ErrDamaged, st.Counter)
-		}
-		book.Replay(st)
-	}
-	return book, nil
+	return book, l.count(ctx, book, first, head.Size)
 }
 
 // lasting reads the events whose effect lasts, up to an entry.
