@@ -206,8 +206,6 @@ func (i *Issuer) decide(w http.ResponseWriter, r *http.Request, agent string, ev
 	i.fail(w, r, err)
 }
 
-// adminHandler serves the administrators' API. Every request is asked for an
-// administrator's certificate, whatever the listener did (G3).
 // serveKills serves the signed kill list.
 func (i *Issuer) serveKills(w http.ResponseWriter, r *http.Request) {
 	text, err := i.KillList(r.Context())
@@ -219,6 +217,8 @@ func (i *Issuer) serveKills(w http.ResponseWriter, r *http.Request) {
 	_, _ = io.WriteString(w, text+"\n") // the client may be gone
 }
 
+// adminHandler serves the administrators' API. Every request is asked for an
+// administrator's certificate, whatever the listener did (G3).
 func (i *Issuer) adminHandler() http.Handler {
 	mux := http.NewServeMux()
 	handle := func(pattern string, f func(r *http.Request) (any, error)) {

@@ -153,7 +153,7 @@ func (b *Book) OpenSince(at time.Time) Counter {
 	return b.open.since(at.UnixMicro(), at.Add(-MaxWindow).UnixMicro())
 }
 
-// lastingBefore is the number of the last lasting event up to and including an entry.
+// lastingUpTo is the number of the last lasting event up to and including an entry.
 func (s *Statement) lastingUpTo() Counter {
 	if s.Decision.Decision == DecisionEvent && facts[s.Kind].lasting || s.trips() {
 		return s.Counter
