@@ -47,17 +47,10 @@ func parseSigned(text, typ string, max int, v any) (*signed, error) {
 	if len(text) > MaxEvent {
 		return nil, fmt.Errorf("%d bytes, at most %d are allowed", len(text), MaxEvent)
 	}
-	m, err := jws.Split([]byte(text))
-	if err != nil {
-		return nil, err
-	}
-	raw, err := m.RawHeader()
-	if err != nil {
-		return nil, err
-	}
 	var h documentHeader
-	if err := canonicalDocument(raw, 512, &h); err != nil {
-		return nil, fmt.Errorf("header: %w", err)
+	m, err := splitDocument(text, &h)
+	if err != nil {
+		return nil, err
 	}
 	if h.Typ != typ || h.Alg != "ES256" {
 		return nil, fmt.Errorf("header: typ %.32q with alg %.16q, %s with ES256 is expected", h.Typ, h.Alg, typ)
@@ -66,6 +59,23 @@ func parseSigned(text, typ string, max int, v any) (*signed, error) {
 		return nil, err
 	}
 	return &signed{text: text, key: h.Kid, message: m}, nil
+}
+
+// splitDocument takes a JWS apart and reads its whole protected header, which
+// must be in its one spelling.
+func splitDocument(text string, header any) (*jws.Message, error) {
+	m, err := jws.Split([]byte(text))
+	if err != nil {
+		return nil, err
+	}
+	raw, err := m.RawHeader()
+	if err != nil {
+		return nil, err
+	}
+	if err := canonicalDocument(raw, 512, header); err != nil {
+		return nil, fmt.Errorf("header: %w", err)
+	}
+	return m, nil
 }
 
 // sum is the SHA-256 of the document as it is written.

@@ -121,17 +121,10 @@ func ParseKillList(text string, ca crypto.PublicKey) (*KillList, error) {
 }
 
 func parseKillList(text string, ca crypto.PublicKey) (*KillList, error) {
-	m, err := jws.Split([]byte(text))
-	if err != nil {
-		return nil, err
-	}
-	raw, err := m.RawHeader()
-	if err != nil {
-		return nil, err
-	}
 	var h killListHeader
-	if err := canonicalDocument(raw, 512, &h); err != nil {
-		return nil, fmt.Errorf("header: %w", err)
+	m, err := splitDocument(text, &h)
+	if err != nil {
+		return nil, err
 	}
 	id, err := publicKeyID(ca)
 	switch {
