@@ -105,7 +105,8 @@ type Statement struct {
 	Clock       *Clock      `json:"clk,omitzero"`  // what the signer knew of its clock; absent: nothing
 	Run         *Run        `json:"run,omitempty"` // how the process that asked was started; absent where it is not confined
 
-	fact fact // what Event says; of ParseStatement
+	fact  fact   // what Event says; of ParseStatement
+	lifts []Rule // limits that Authorized names; of ParseStatement
 }
 
 // Decision says under what the action was permitted, or by what it was denied.
@@ -197,8 +198,12 @@ func ParseStatement(b []byte) (*Statement, error) {
 		if r := s.Action().validate(); r != nil {
 			return nil, fmt.Errorf("statement: %w", r)
 		}
-		if _, err := parseAuthorizations(s.Authorized); err != nil {
+		list, err := parseAuthorizations(s.Authorized)
+		if err != nil {
 			return nil, fmt.Errorf("statement: %w", err)
+		}
+		for _, a := range list {
+			s.lifts = append(s.lifts, a.Rule)
 		}
 	case DecisionDeny:
 		if s.Decision.Rule == "" {

@@ -41,7 +41,9 @@ func UseOf(p *Permit, at time.Time) Use {
 	return u
 }
 
-// UseOfStatement returns what a permitted statement used.
+// UseOfStatement returns what a permitted statement used. The limits that were
+// lifted for it are those that its authorizations name: that they are genuine was checked
+// when it was permitted.
 func UseOfStatement(s *Statement) Use {
 	var n Amount
 	if s.Decision.Notional != nil {
@@ -49,7 +51,7 @@ func UseOfStatement(s *Statement) Use {
 	}
 	a := s.Action()
 	u := useOf(a, a.Instrument(), n.Amount, n.Currency, s.Time.Time)
-	u.Counter = s.Counter
+	u.Counter, u.lifts = s.Counter, s.lifts
 	if r := s.Decision.Reference; r != nil {
 		u.Reference = r.Price
 	}

@@ -16,13 +16,11 @@ const remembered = scope.MaxWindow + time.Hour
 type past struct {
 	use   scope.Use
 	scope *scope.Scope // of its certificate
-	// lifted: a person lifted a limit for it, so it is not checked again.
-	lifted bool
 }
 
 func pastOf(st *scope.Statement, s *scope.Scope, u scope.Use) past {
 	u.Counter = st.Counter
-	return past{use: u, scope: s, lifted: len(st.Authorized) > 0}
+	return past{use: u, scope: s}
 }
 
 // history is what one agent did at this venue, in the order of its statements,
@@ -62,7 +60,7 @@ func (h *history) admit(p past) (count func(), _ error) {
 	book := scope.NewBook()
 	for i := range all {
 		q := &all[i]
-		if i == place || i > place && !q.lifted {
+		if i >= place {
 			if r := judged(book.Check(q.scope, q.use)); r != nil && i == place {
 				return nil, refuse(ReasonLimits, "%v", r)
 			} else if r != nil {
