@@ -294,6 +294,9 @@ func (g *openGate) confine(dir string) error {
 	urls := []string{f.CRL, f.Backend}
 	if postgres.IsURL(f.ReplayDB) {
 		urls = append(urls, f.ReplayDB)
+		if err := s.mayLogIn(f.ReplayDB); err != nil {
+			return err
+		}
 		if f.ReplayPassword != "" {
 			s.room.Read = append(s.room.Read, filepath.Dir(absolute(dir, f.ReplayPassword)))
 		}

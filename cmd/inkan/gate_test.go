@@ -113,17 +113,26 @@ func signedNative(t *testing.T, a *testca.Agent, n int, format string, digest [3
 	return jws.Compact(input, sig)
 }
 
-// TestGateCommand runs the command before a backend that knows nothing of it.
-func TestGateCommand(t *testing.T) {
-	dir := t.TempDir()
-	ca := testca.New(t)
-	certify(t, ca, dir, "gate", x509.ExtKeyUsageServerAuth, func(c *x509.Certificate) { c.IPAddresses = []net.IP{net.IPv4(127, 0, 0, 1)} })
-	agentTLS := certify(t, ca, dir, "agent", x509.ExtKeyUsageClientAuth, func(c *x509.Certificate) {
+// gateVenue is what a gate stands between: an agent and a backend that knows
+// nothing of it, with the files that a configuration names.
+type gateVenue struct {
+	dir            string
+	ca             *testca.CA
+	agent          *testca.Agent
+	tls            tls.Certificate // the agent's
+	lists, backend string          // URLs
+}
+
+func newGateVenue(t *testing.T) *gateVenue {
+	t.Helper()
+	v := &gateVenue{dir: t.TempDir(), ca: testca.New(t)}
+	certify(t, v.ca, v.dir, "gate", x509.ExtKeyUsageServerAuth, func(c *x509.Certificate) { c.IPAddresses = []net.IP{net.IPv4(127, 0, 0, 1)} })
+	v.tls = certify(t, v.ca, v.dir, "agent", x509.ExtKeyUsageClientAuth, func(c *x509.Certificate) {
 		c.URIs = []*url.URL{{Scheme: "spiffe", Host: "example.org", Path: "/agent/a"}}
 	})
-	a := ca.Agent(t, "a", []byte(gateScope), nil)
-	writeFile(t, filepath.Join(dir, "ca.pem"), pem.EncodeToMemory(&pem.Block{Type: "CERTIFICATE", Bytes: ca.Certificate.Raw}))
-	writeFile(t, filepath.Join(dir, "routes.yaml"), []byte(`- method: POST
+	v.agent = v.ca.Agent(t, "a", []byte(gateScope), nil)
+	writeFile(t, filepath.Join(v.dir, "ca.pem"), pem.EncodeToMemory(&pem.Block{Type: "CERTIFICATE", Bytes: v.ca.Certificate.Raw}))
+	writeFile(t, filepath.Join(v.dir, "routes.yaml"), []byte(`- method: POST
   path: /orders
   kinds: [order.new]
   body:
@@ -133,20 +142,57 @@ func TestGateCommand(t *testing.T) {
     price: {field: ord.Price}
   implied: {ord.SecurityIDSource: "4", ord.Side: "1", ord.OrdType: "2", ord.Currency: EUR, ord.TimeInForce: "0"}
 `))
-	crl, err := x509.CreateRevocationList(rand.Reader, &x509.RevocationList{Number: big.NewInt(1), ThisUpdate: time.Now().Add(-time.Minute), NextUpdate: time.Now().Add(time.Hour)}, ca.Certificate, ca.Key)
+	crl, err := x509.CreateRevocationList(rand.Reader, &x509.RevocationList{Number: big.NewInt(1), ThisUpdate: time.Now().Add(-time.Minute), NextUpdate: time.Now().Add(time.Hour)}, v.ca.Certificate, v.ca.Key)
 	if err != nil {
 		t.Fatal(err)
 	}
 	lists := httptest.NewServer(http.HandlerFunc(func(w http.ResponseWriter, _ *http.Request) { _, _ = w.Write(crl) }))
-	defer lists.Close()
+	t.Cleanup(lists.Close)
 	backend := httptest.NewServer(http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) { fmt.Fprint(w, r.Header.Get("Agent-Id")) }))
-	defer backend.Close()
-	config := fmt.Sprintf("listen: 127.0.0.1:0\ncertificate: gate.pem\nkey: gate.key\nca: ca.pem\ntrust_domain: example.org\naudience: [XPAR]\ncrl_url: %s\nreplay_db: seen.db\nbackend: %s\nroutes: routes.yaml\nrequest_signature: checked\nagents: {'spiffe://example.org/agent/a': ['127.0.0.0/8']}\n", lists.URL, backend.URL)
+	t.Cleanup(backend.Close)
+	v.lists, v.backend = lists.URL, backend.URL
+	return v
+}
+
+// config is a gate's configuration with a key and a store, and more lines.
+func (v *gateVenue) config(key, store, more string) string {
+	return fmt.Sprintf("listen: 127.0.0.1:0\ncertificate: gate.pem\nkey: %q\nca: ca.pem\ntrust_domain: example.org\naudience: [XPAR]\ncrl_url: %s\nreplay_db: %q\nbackend: %s\nroutes: routes.yaml\n%s", key, v.lists, store, v.backend, more)
+}
+
+// post sends an action with a body to a gate; change may change the request.
+func (v *gateVenue) post(t *testing.T, address string, certificates []tls.Certificate, jws string, body []byte, change func(*http.Request)) (status int, text string) {
+	t.Helper()
+	c := &http.Client{Transport: &http.Transport{TLSClientConfig: &tls.Config{RootCAs: v.ca.Roots, Certificates: certificates}, DisableKeepAlives: true}, Timeout: 30 * time.Second}
+	req, err := http.NewRequestWithContext(t.Context(), http.MethodPost, "https://"+address+"/orders", bytes.NewReader(body))
+	if err != nil {
+		t.Fatal(err)
+	}
+	req.Header.Set("Agent-Action", jws)
+	req.Header.Set("Content-Type", "application/json")
+	if change != nil {
+		change(req)
+	}
+	res, err := c.Do(req)
+	if err != nil {
+		return 0, err.Error()
+	}
+	defer res.Body.Close()
+	b, _ := io.ReadAll(res.Body)
+	return res.StatusCode, string(b)
+}
+
+var gateBody = []byte(`{"id":"A-1","isin":"FR0000120271","qty":"100","price":"50"}`)
+
+// TestGateCommand runs the command before a backend that knows nothing of it.
+func TestGateCommand(t *testing.T) {
+	v := newGateVenue(t)
+	dir, a, agentTLS := v.dir, v.agent, v.tls
+	config := v.config("gate.key", "seen.db", "request_signature: checked\nagents: {'spiffe://example.org/agent/a': ['127.0.0.0/8']}\n")
 	path := writeFile(t, filepath.Join(dir, "gate.yaml"), []byte(config))
 	if code, _, errs := call("", "gate", "check", "--config", path); code != 0 {
 		t.Fatalf("check: exit code %d: %s", code, errs)
 	}
-	for name, text := range map[string]string{"unknown member": config + "x: y\n", "backend is missing": strings.Replace(config, "backend: "+backend.URL+"\n", "", 1), "a password file is for": config + "replay_db_password_file: gate.key\n", "replay_db_password_file": strings.Replace(config, "seen.db", "postgres://gate:secret@/x?host=/run", 1), "ends in .csv": config + "regions: routes.yaml\n", "checked or required": strings.Replace(config, "checked", "sometimes", 1), "a prefix such as": strings.Replace(config, "127.0.0.0/8", "here", 1)} {
+	for name, text := range map[string]string{"unknown member": config + "x: y\n", "backend is missing": strings.Replace(config, "backend: "+v.backend+"\n", "", 1), "a password file is for": config + "replay_db_password_file: gate.key\n", "replay_db_password_file": strings.Replace(config, "seen.db", "postgres://gate:secret@/x?host=/run", 1), "ends in .csv": config + "regions: routes.yaml\n", "checked or required": strings.Replace(config, "checked", "sometimes", 1), "a prefix such as": strings.Replace(config, "127.0.0.0/8", "here", 1)} {
 		if code, _, errs := call("", "gate", "check", "--config", writeFile(t, filepath.Join(dir, "bad.yaml"), []byte(text))); code == 0 || !strings.Contains(errs, name) {
 			t.Errorf("want something about %q: exit code %d: %s", name, code, errs)
 		}
@@ -157,26 +203,10 @@ func TestGateCommand(t *testing.T) {
 	var change func(*http.Request) // before it is sent
 	post := func(certificates []tls.Certificate, jws string, body []byte) (int, string) {
 		t.Helper()
-		c := &http.Client{Transport: &http.Transport{TLSClientConfig: &tls.Config{RootCAs: ca.Roots, Certificates: certificates}, DisableKeepAlives: true}, Timeout: 10 * time.Second}
-		req, err := http.NewRequestWithContext(t.Context(), http.MethodPost, "https://"+ready.Address+"/orders", bytes.NewReader(body))
-		if err != nil {
-			t.Fatal(err)
-		}
-		req.Header.Set("Agent-Action", jws)
-		req.Header.Set("Content-Type", "application/json")
-		if change != nil {
-			change(req)
-		}
-		res, err := c.Do(req)
-		if err != nil {
-			return 0, err.Error()
-		}
-		defer res.Body.Close()
-		b, _ := io.ReadAll(res.Body)
-		return res.StatusCode, string(b)
+		return v.post(t, ready.Address, certificates, jws, body, change)
 	}
 	mine := []tls.Certificate{agentTLS}
-	body := []byte(`{"id":"A-1","isin":"FR0000120271","qty":"100","price":"50"}`)
+	body := gateBody
 	good := signedFor(t, a, 1, body)
 	if status, text := post(mine, good, body); status != 200 || text != a.ID {
 		t.Errorf("a good order: %d %s", status, text)

@@ -55,6 +55,21 @@ func (s *sandbox) mayReach(text string) error {
 	return nil
 }
 
+// mayLogIn lets it read the client's certificate and key that the URL of a PostgreSQL
+// database names, which is done at each connection.
+func (s *sandbox) mayLogIn(text string) error {
+	u, err := url.Parse(text)
+	if err != nil {
+		return err
+	}
+	for _, name := range []string{"sslcert", "sslkey"} {
+		if path := u.Query().Get(name); path != "" {
+			s.room.Read = append(s.room.Read, filepath.Dir(path))
+		}
+	}
+	return nil
+}
+
 // mayUseKey lets it use the device of a key that a URI names.
 func (s *sandbox) mayUseKey(uri string) error {
 	switch scheme, rest, _ := strings.Cut(uri, ":"); scheme {
