@@ -241,12 +241,7 @@ func (f *gateConfig) gate() (*gate.Config, error) {
 	default:
 		return nil, fmt.Errorf("request_signature %.16q: checked or required is expected", f.RequestSignature)
 	}
-	switch {
-	case strings.HasPrefix(f.Policies, "https://"), strings.HasPrefix(f.Policies, "http://"):
-		config.Receiver.Policies = verify.PolicyURL(f.Policies)
-	case f.Policies != "":
-		config.Receiver.Policies = &verify.PolicyDir{Path: f.Policies}
-	}
+	config.Receiver.Policies = policySource(f.Policies)
 	if f.Kills != "" {
 		config.Receiver.Kills = &verify.KillList{Load: verify.HTTPLoader(f.Kills), MaxAge: killAge}
 	}
@@ -270,6 +265,17 @@ func (f *gateConfig) gate() (*gate.Config, error) {
 		}
 	}
 	return config, nil
+}
+
+// policySource is where policies are: a directory, or below a base URL; nil: nowhere.
+func policySource(at string) verify.Policies {
+	switch {
+	case strings.HasPrefix(at, "https://"), strings.HasPrefix(at, "http://"):
+		return verify.PolicyURL(at)
+	case at != "":
+		return &verify.PolicyDir{Path: at}
+	}
+	return nil
 }
 
 // confine leaves the process what it needs from here on.

@@ -37,6 +37,7 @@ func verifyCommand(e *env) *cli.Command {
 			&cli.StringFlag{Name: "frame", Usage: "`FILE` with a WebSocket's text that carries the action, instead of --jws"},
 			&cli.StringFlag{Name: "replay-db", Usage: "`FILE` that remembers what was accepted, or URL of a PostgreSQL database; without it neither a replay nor a limit over time is noticed"},
 			&cli.StringFlag{Name: "replay-db-password-file", Usage: "`FILE` with the password of the database's user"},
+			&cli.StringFlag{Name: "policies", Usage: "`DIRECTORY` with policies, or base URL; without it actions under a policy are refused"},
 			&cli.StringFlag{Name: "reference", Usage: "JSON `FILE` with this venue's reference price"},
 			&cli.BoolFlag{Name: "accept-reference", Usage: "believe the signer's reference price"},
 			&cli.StringFlag{Name: "source-address", Usage: "`ADDRESS` that it came from; without it a scope that names networks or regions refuses"},
@@ -85,7 +86,7 @@ func runVerify(e *env, c *cli.Context) error {
 	if len(c.StringSlice("audience")) == 0 {
 		return usage("--audience is missing")
 	}
-	config := verify.Config{Audiences: c.StringSlice("audience"), Replay: verify.NoReplay{}, AcceptReference: c.Bool("accept-reference")}
+	config := verify.Config{Audiences: c.StringSlice("audience"), Replay: verify.NoReplay{}, AcceptReference: c.Bool("accept-reference"), Policies: policySource(c.String("policies"))}
 	if config.Roots, err = readPool(ca); err != nil {
 		return err
 	}
