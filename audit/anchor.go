@@ -73,20 +73,24 @@ type Finding struct {
 	Found string      `json:"found"`
 }
 
-// refusal is what everything is refused with.
-func (f *Finding) refusal() *scope.Refusal {
-	what := "have an operator run inkan signer recover when they know why"
+// Advice says what to do about it.
+func (f *Finding) Advice() string {
 	switch f.Cause {
 	case scope.CauseProgram:
-		what = "if the signer was updated, have an operator run inkan signer recover; otherwise find out who replaced it"
+		return "if the signer was updated, have an operator run inkan signer recover; otherwise find out who replaced it"
 	case scope.CauseRollback, scope.CauseLost:
-		what = "put the latest record back and restart the signer, or have an operator run inkan signer recover"
+		return "put the latest record back and restart the signer, or have an operator run inkan signer recover"
 	case scope.CauseShared:
-		what = "stop the other signer; then have an operator run inkan signer recover"
+		return "stop the other signer; then have an operator run inkan signer recover"
 	case scope.CausePower:
-		what = "the signer takes it up again by itself when the agent has a certificate"
+		return "the signer takes it up again by itself when the agent has a certificate"
 	}
-	return &scope.Refusal{Rule: scope.RuleRollback, Field: string(f.Cause), Message: f.Found + ": " + what}
+	return "have an operator run inkan signer recover when they know why"
+}
+
+// refusal is what everything is refused with.
+func (f *Finding) refusal() *scope.Refusal {
+	return &scope.Refusal{Rule: scope.RuleRollback, Field: string(f.Cause), Message: f.Found + ": " + f.Advice()}
 }
 
 // Anchoring is the state of a record's binding to its anchor.

@@ -67,7 +67,7 @@ func (a *Agent) settle(ctx context.Context) {
 		return
 	}
 	if f.Cause != scope.CausePower {
-		a.logger.ErrorContext(ctx, "the agent signs nothing", "agent", a.name, "cause", f.Cause, "found", f.Found)
+		a.logger.ErrorContext(ctx, "the agent signs nothing", "agent", a.name, "cause", f.Cause, "found", f.Found, "advice", f.Advice())
 		return
 	}
 	if _, err := a.Recover(ctx, "the TPM says that power was lost", "signer"); err != nil && !errors.Is(err, errNothingFound) {

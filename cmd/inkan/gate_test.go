@@ -258,10 +258,16 @@ func startCommand(t *testing.T, ready any, args ...string) (stop func() error) {
 	if err != nil {
 		t.Fatal(err)
 	}
-	cmd := exec.Command(self, args...)
+	return startProgram(t, self, new(bytes.Buffer), ready, args...)
+}
+
+// startProgram is startCommand with another build of the command. What it logs is
+// in errs when it has ended.
+func startProgram(t *testing.T, program string, errs *bytes.Buffer, ready any, args ...string) (stop func() error) {
+	t.Helper()
+	cmd := exec.Command(program, args...)
 	cmd.Env = append(os.Environ(), "INKAN_TEST_COMMAND=1")
-	var errs bytes.Buffer
-	cmd.Stderr = &errs
+	cmd.Stderr = errs
 	out, err := cmd.StdoutPipe()
 	if err != nil {
 		t.Fatal(err)
