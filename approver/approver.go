@@ -199,19 +199,35 @@ func (a *Approver) Decide(ctx context.Context, client *x509.Certificate, r *Requ
 	if err != nil {
 		return nil, err
 	}
-	if err := a.recorded(ctx, a.record.authorize(ctx, cred, entries, &entry{r.Statement, st, permit})); err != nil {
-		return nil, err
+	consent := a.consentTo(cred, r)
+	if err := a.recorded(ctx, a.record.authorize(ctx, cred, entries, &entry{r.Statement, st, permit}, consent.begin)); err != nil {
+		return nil, err // a consent that was begun is given to nobody
 	}
 
-	// 5. The digest is of what the receiver will see, and the command is the one
-	// that signs it with the certified key: both are computed here.
-	digest := sha256.Sum256(cred.header.SigningInput(r.Statement))
-	x, err := a.consent.Authorize(r.Nonce, attest.SignCommandHash(cred.name, digest), a.ref)
+	// 5. The consent.
+	x, err := consent.result()
 	if err != nil {
 		a.log.ErrorContext(ctx, "the approver's key does not sign", "error", err)
 		return nil, refuse(RuleKey, "the approver's key does not sign; its log says why")
 	}
 	return x, nil
+}
+
+// consent is an authorization that is signed while its record is committed: the
+// one takes a processor, the other a disk.
+type consent struct {
+	begin  func()
+	result func() (*attest.Authorization, error)
+}
+
+// consentTo prepares to sign. The digest is of what the receiver will see, and
+// the command is the one that signs it with the certified key: both are computed here.
+func (a *Approver) consentTo(cred *credential, r *Request) consent {
+	sign := sync.OnceValues(func() (*attest.Authorization, error) {
+		digest := sha256.Sum256(cred.header.SigningInput(r.Statement))
+		return a.consent.Authorize(r.Nonce, attest.SignCommandHash(cred.name, digest), a.ref)
+	})
+	return consent{func() { go func() { _, _ = sign() }() }, sign}
 }
 
 // killed asks the issuer's list, where it is configured. Cancels pass.
@@ -252,7 +268,7 @@ func (a *Approver) Append(ctx context.Context, client *x509.Certificate, r *Requ
 	if err != nil {
 		return err
 	}
-	return a.recorded(ctx, a.record.authorize(ctx, cred, entries, nil))
+	return a.recorded(ctx, a.record.authorize(ctx, cred, entries, nil, nil))
 }
 
 // recorded makes a refusal of a database's error, whose text is for the log alone.

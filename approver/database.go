@@ -2,15 +2,13 @@ package approver
 
 import (
 	"context"
-	"database/sql"
 	"errors"
 	"fmt"
 	"os"
 	"strings"
 
-	_ "modernc.org/sqlite" // the driver "sqlite"
-
 	"inkan/internal/postgres"
+	"inkan/internal/sqlite"
 )
 
 // schemaVersion is of the tables below. A record of another version is refused.
@@ -46,13 +44,16 @@ const schemaLock = 0x696e6b616e
 
 // OpenRecord opens or makes the record of one approver in a file.
 func OpenRecord(ctx context.Context, path string) (*Record, error) {
-	db, err := sql.Open("sqlite", "file:"+path+"?_txlock=immediate&_pragma=journal_mode(WAL)&_pragma=synchronous(FULL)&_pragma=busy_timeout(5000)")
+	db, err := sqlite.Open(path)
 	if err != nil {
 		return nil, err
 	}
 	db.SetMaxOpenConns(1)
 	r := &Record{db: db, agents: make(map[string]*ledger)}
 	if err = r.prepare(ctx); err == nil {
+		err = r.statements(ctx)
+	}
+	if err == nil {
 		err = os.Chmod(path, 0o600)
 	}
 	if err != nil {
@@ -81,7 +82,10 @@ func OpenSharedRecord(ctx context.Context, url, passwordFile string) (*Record, e
 	}
 	ctx, cancel := context.WithTimeout(ctx, postgres.Patience)
 	defer cancel()
-	if err := r.prepare(ctx); err != nil {
+	if err = r.prepare(ctx); err == nil {
+		err = r.statements(ctx)
+	}
+	if err != nil {
 		return nil, errors.Join(fmt.Errorf("opening the record in %s: %w", at, err), r.db.Close())
 	}
 	return r, nil

@@ -227,6 +227,29 @@ func TestDatabaseMustBeDurable(t *testing.T) {
 	}
 }
 
+// TestFailedCommit: the consent is signed while the record is committed; a
+// commit that fails releases none.
+func TestFailedCommit(t *testing.T) {
+	s := newShared(t)
+	s.open(t)
+	s.exec(t, "CREATE FUNCTION fails() RETURNS trigger LANGUAGE plpgsql AS $$ BEGIN RAISE EXCEPTION 'no'; END $$")
+	s.exec(t, "CREATE CONSTRAINT TRIGGER fails AFTER INSERT ON entry DEFERRABLE INITIALLY DEFERRED FOR EACH ROW EXECUTE FUNCTION fails()")
+	b := s.write(t, s.next(t, "100", nil))
+	x, err := s.approver.Decide(t.Context(), s.client, s.request(b))
+	if x != nil {
+		t.Error("an authorization was given")
+	}
+	refused(t, "the commit fails", approver.RuleRecord, err)
+	s.exec(t, "DROP TRIGGER fails ON entry")
+	if err := s.decide(s.request(b)); err != nil {
+		t.Errorf("afterwards: %v", err)
+	}
+	var authorized int
+	if err := s.sql.QueryRowContext(t.Context(), "SELECT sum(authorized) FROM entry").Scan(&authorized); err != nil || authorized != 1 {
+		t.Errorf("the record has %d authorizations, one was given: %v", authorized, err)
+	}
+}
+
 // TestDatabaseWentBack: an older copy of the data in place of the database's is
 // refused by an approver that saw more of it. One that starts then asks for what is missing.
 func TestDatabaseWentBack(t *testing.T) {

@@ -34,6 +34,7 @@ const (
 type Record struct {
 	db       *sql.DB
 	postgres bool
+	stmt     struct{ head, insert, again, move *sql.Stmt } // what each authorization does, prepared
 
 	mu     sync.Mutex
 	agents map[string]*ledger
@@ -49,6 +50,30 @@ type ledger struct {
 
 // Close closes the record.
 func (r *Record) Close() error { return r.db.Close() }
+
+// statements prepares what each authorization does.
+func (r *Record) statements(ctx context.Context) error {
+	head := "SELECT size, previous, time FROM agent WHERE agent = $1"
+	if r.postgres {
+		// The settings once more: what is between may have changed them.
+		head = "SELECT size, previous, time, current_setting('synchronous_commit'), current_setting('fsync') FROM agent WHERE agent = $1 FOR UPDATE"
+	}
+	for _, s := range []struct {
+		to  **sql.Stmt
+		sql string
+	}{
+		{&r.stmt.head, head},
+		{&r.stmt.insert, "INSERT INTO entry(agent, counter, statement, time, verdict, authorized) VALUES($1, $2, $3, $4, $5, $6)"},
+		{&r.stmt.again, "UPDATE entry SET authorized = authorized + 1 WHERE agent = $1 AND counter = $2"},
+		{&r.stmt.move, "UPDATE agent SET size = $1, previous = $2, time = $3 WHERE agent = $4"},
+	} {
+		var err error
+		if *s.to, err = r.db.PrepareContext(ctx, s.sql); err != nil {
+			return err
+		}
+	}
+	return nil
+}
 
 func (r *Record) ledger(agent string) *ledger {
 	r.mu.Lock()
@@ -97,9 +122,10 @@ func (a *Approver) entries(list [][]byte, cred *credential, now time.Time) ([]en
 
 // authorize adds the entries that are new, checks the limits over time as of
 // the statement's place, and writes that the statement is authorized. It returns nil
-// after the commit. Without a statement it adds the entries alone. An error
+// after the commit. Without a statement it adds the entries alone. committing, if it is not
+// nil, is called when nothing is missing but the commit. An error
 // that is no *scope.Refusal is the database's.
-func (r *Record) authorize(ctx context.Context, cred *credential, entries []entry, st *entry) error {
+func (r *Record) authorize(ctx context.Context, cred *credential, entries []entry, st *entry, committing func()) error {
 	if st != nil {
 		if n := len(entries); n > 0 && st.st.Counter != entries[n-1].st.Counter+1 {
 			return refuse(RuleGap, "the entries do not lead to the statement")
@@ -121,8 +147,15 @@ func (r *Record) authorize(ctx context.Context, cred *credential, entries []entr
 	// After a restart of the database each connection of the pool may be a dead
 	// one, which shows when it is used.
 	for tries := 0; ; tries++ {
-		committing, err := r.transact(ctx, l, cred, entries, st != nil)
-		if err == nil || committing || !lost(err) || tries == postgres.MaxConnections || ctx.Err() != nil {
+		begun := false
+		err := r.transact(ctx, l, cred, entries, st != nil, func() {
+			begun = true
+			if committing != nil {
+				committing()
+			}
+		})
+		// If the commit was begun, it is not known whether it was done.
+		if err == nil || begun || !lost(err) || tries == postgres.MaxConnections || ctx.Err() != nil {
 			return err
 		}
 	}
@@ -140,11 +173,11 @@ func lost(err error) bool {
 	return network || pgconn.SafeToRetry(err) || errors.Is(err, io.EOF) || errors.Is(err, io.ErrUnexpectedEOF)
 }
 
-// transact is one attempt. committing: it is not known whether it was committed.
-func (r *Record) transact(ctx context.Context, l *ledger, cred *credential, entries []entry, authorize bool) (committing bool, err error) {
+// transact is one attempt. committing is called right before the commit.
+func (r *Record) transact(ctx context.Context, l *ledger, cred *credential, entries []entry, authorize bool, committing func()) (err error) {
 	tx, err := r.db.BeginTx(ctx, nil)
 	if err != nil {
-		return false, err
+		return err
 	}
 	grown := false
 	defer func() {
@@ -160,54 +193,56 @@ func (r *Record) transact(ctx context.Context, l *ledger, cred *credential, entr
 	agent := cred.action.Agent
 	h, err := r.head(ctx, tx, agent)
 	if err != nil {
-		return false, err
+		return err
 	}
 	if err := l.catchUp(ctx, tx, agent, h); err != nil {
 		l.book = nil
-		return false, err
+		return err
 	}
 	if first := uint64(entries[0].st.Counter); first > h.size+1 {
-		return false, &scope.Refusal{Rule: RuleGap, Value: fmt.Sprint(h.size), Message: fmt.Sprintf("the approver has %d entries of this agent: entries %d to %d are missing", h.size, h.size+1, first-1)}
+		return &scope.Refusal{Rule: RuleGap, Value: fmt.Sprint(h.size), Message: fmt.Sprintf("the approver has %d entries of this agent: entries %d to %d are missing", h.size, h.size+1, first-1)}
 	}
 	for i, e := range entries {
 		asked := authorize && i == len(entries)-1
 		var verdict string
 		if uint64(e.st.Counter) <= h.size {
 			if verdict, err = r.seen(ctx, tx, e); err != nil {
-				return false, err
+				return err
 			}
 		} else {
 			if err := h.follows(e); err != nil {
-				return false, err
+				return err
 			}
 			if verdict = l.judge(e, cred); !asked || verdict == verdictPermit { // else nothing of the request stays
 				grown = true
 				l.replay(e.st, verdict)
-				if err := h.append(ctx, tx, agent, e, verdict); err != nil {
-					return false, err
+				if err := r.append(ctx, tx, h, e, verdict, asked); err != nil {
+					return err
 				}
+				continue
 			}
 		}
 		if !asked {
 			continue
 		}
 		if refusal := refusalOf(verdict); refusal != nil {
-			return false, refusal
+			return refusal
 		}
-		if _, err := tx.ExecContext(ctx, "UPDATE entry SET authorized = authorized + 1 WHERE agent = $1 AND counter = $2", agent, int64(e.st.Counter)); err != nil {
-			return false, err
+		if _, err := tx.StmtContext(ctx, r.stmt.again).ExecContext(ctx, agent, int64(e.st.Counter)); err != nil {
+			return err
 		}
 	}
 	if grown {
-		if _, err := tx.ExecContext(ctx, "UPDATE agent SET size = $1, previous = $2, time = $3 WHERE agent = $4", int64(h.size), h.previous[:], h.time.UnixMicro(), agent); err != nil {
-			return false, err
+		if _, err := tx.StmtContext(ctx, r.stmt.move).ExecContext(ctx, int64(h.size), h.previous[:], h.time.UnixMicro(), agent); err != nil {
+			return err
 		}
 	}
+	committing()
 	if err := tx.Commit(); err != nil {
-		return true, err
+		return err
 	}
 	l.seen = *h
-	return false, nil
+	return nil
 }
 
 // head is the end of an agent's entries.
@@ -235,13 +270,11 @@ func (r *Record) readHead(ctx context.Context, tx *sql.Tx, agent string) (*head,
 	var previous []byte
 	var micros int64
 	commit, sync := "on", "on" // the file was opened so
-	query, to := "SELECT size, previous, time FROM agent WHERE agent = $1", []any{&h.size, &previous, &micros}
+	to := []any{&h.size, &previous, &micros}
 	if r.postgres {
-		// The settings once more: what is between may have changed them.
-		query = "SELECT size, previous, time, current_setting('synchronous_commit'), current_setting('fsync') FROM agent WHERE agent = $1 FOR UPDATE"
 		to = append(to, &commit, &sync)
 	}
-	if err := tx.QueryRowContext(ctx, query, agent).Scan(to...); err != nil {
+	if err := tx.StmtContext(ctx, r.stmt.head).QueryRowContext(ctx, agent).Scan(to...); err != nil {
 		return nil, err
 	}
 	if copy(h.previous[:], previous) != 32 || len(previous) != 32 {
@@ -251,11 +284,14 @@ func (r *Record) readHead(ctx context.Context, tx *sql.Tx, agent string) (*head,
 	return &h, postgres.OnDisk(commit, sync)
 }
 
-// append writes an entry behind the head and moves the head.
-func (h *head) append(ctx context.Context, tx *sql.Tx, agent string, e entry, verdict string) error {
+// append writes an entry behind the head, and moves the head.
+func (r *Record) append(ctx context.Context, tx *sql.Tx, h *head, e entry, verdict string, authorized bool) error {
 	h.size, h.previous, h.time = uint64(e.st.Counter), sha256.Sum256(e.bytes), e.st.Time.Time
-	_, err := tx.ExecContext(ctx, "INSERT INTO entry(agent, counter, statement, time, verdict, authorized) VALUES($1, $2, $3, $4, $5, 0)",
-		agent, int64(e.st.Counter), e.bytes, e.st.Time.Time.UnixMicro(), verdict)
+	times := 0
+	if authorized {
+		times = 1
+	}
+	_, err := tx.StmtContext(ctx, r.stmt.insert).ExecContext(ctx, e.st.Agent, int64(e.st.Counter), e.bytes, e.st.Time.Time.UnixMicro(), verdict, times)
 	return err
 }
 

@@ -452,7 +452,7 @@ func TestIOErrors(t *testing.T) {
 	if _, err := exec.LookPath("strace"); err != nil {
 		t.Fatal("strace is missing: apt-get install strace")
 	}
-	for _, fault := range []string{"fsync:error=EIO:when=20+", "fsync:error=EIO:when=30", "pwrite64:error=EIO:when=200+", "pwrite64:error=ENOSPC:when=333+", "pwrite64:error=EIO:when=401"} {
+	for _, fault := range []string{"fdatasync:error=EIO:when=20+", "fdatasync:error=EIO:when=30", "pwrite64:error=EIO:when=200+", "pwrite64:error=ENOSPC:when=333+", "pwrite64:error=EIO:when=401"} {
 		t.Run(fault, func(t *testing.T) {
 			path := filepath.Join(t.TempDir(), "log.db")
 			all := make(map[uint64]bool)

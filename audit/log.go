@@ -25,8 +25,8 @@ import (
 
 	"golang.org/x/mod/sumdb/tlog"
 	"golang.org/x/sys/unix"
-	_ "modernc.org/sqlite" // the driver "sqlite"
 
+	"inkan/internal/sqlite"
 	"inkan/scope"
 )
 
@@ -178,9 +178,7 @@ func Open(ctx context.Context, path string, o Options) (_ *Log, err error) {
 	if err := unix.Flock(int(l.lock.Fd()), unix.LOCK_EX|unix.LOCK_NB); err != nil {
 		return nil, ErrInUse
 	}
-	// Checkpoints by the automatic rule would stall a commit now and then; the
-	// writer runs them when it is idle.
-	if l.db, err = sql.Open("sqlite", "file:"+path+"?_pragma=journal_mode(WAL)&_pragma=synchronous(FULL)&_pragma=wal_autocheckpoint(0)&_pragma=busy_timeout(5000)"); err != nil {
+	if l.db, err = sqlite.Open(path); err != nil {
 		return nil, err
 	}
 	if l.conn, err = l.db.Conn(ctx); err != nil {

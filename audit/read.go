@@ -9,6 +9,8 @@ import (
 	"iter"
 	"math"
 	"os"
+
+	"inkan/internal/sqlite"
 )
 
 // Entry is one entry of a log.
@@ -88,7 +90,7 @@ func OpenSnapshot(ctx context.Context, path string) (_ *Snapshot, err error) {
 		return nil, err
 	}
 	s := &Snapshot{}
-	if s.db, err = sql.Open("sqlite", "file:"+path+"?mode=ro&_pragma=busy_timeout(5000)&_pragma=query_only(1)"); err != nil {
+	if s.db, err = sqlite.OpenReadOnly(path); err != nil {
 		return nil, err
 	}
 	defer func() {

@@ -12,8 +12,7 @@ import (
 	"time"
 
 	"golang.org/x/mod/sumdb/tlog"
-	"modernc.org/sqlite"
-	sqlite3 "modernc.org/sqlite/lib"
+	"inkan/internal/sqlite"
 
 	"inkan/scope"
 )
@@ -268,11 +267,14 @@ func (l *Log) write() {
 	}
 }
 
-// checkpoint folds the write-ahead log into the file. If it cannot, the
+// checkpoint copies the write-ahead log into the file, when nobody waits for a
+// commit. SQLite does it besides after each thousand pages. Either way the next commit writes over the
+// log from its beginning: over space that the file has, a commit takes two thirds
+// of what it takes at the end of one that grows. If it cannot, the
 // commits stand in the write-ahead log, and the next one is tried.
 func (l *Log) checkpoint() {
 	if l.Err() == nil {
-		_, _ = l.conn.ExecContext(context.Background(), "PRAGMA wal_checkpoint(TRUNCATE)")
+		_, _ = l.conn.ExecContext(context.Background(), "PRAGMA wal_checkpoint(PASSIVE)")
 	}
 }
 
@@ -455,7 +457,7 @@ func (l *Log) entry(r *request, head *Head, fresh map[int64]tlog.Hash) (added bo
 		id = r.action.ID
 	}
 	if _, err := l.stmt.leaf.Exec(int64(counter), id, r.payload[:], statement); err != nil {
-		if e, ok := errors.AsType[*sqlite.Error](err); ok && e.Code() == sqlite3.SQLITE_CONSTRAINT_UNIQUE {
+		if sqlite.NotUnique(err) {
 			return false, l.known(r)
 		}
 		return false, err

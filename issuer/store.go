@@ -11,9 +11,8 @@ import (
 	"strings"
 	"time"
 
-	_ "modernc.org/sqlite" // the driver "sqlite"
-
 	"inkan/attest"
+	"inkan/internal/sqlite"
 	"inkan/internal/strictjson"
 	"inkan/scope"
 )
@@ -184,7 +183,7 @@ type Event struct {
 type store struct{ db *sql.DB }
 
 func openStore(ctx context.Context, path string) (_ *store, err error) {
-	db, err := sql.Open("sqlite", "file:"+path+"?_txlock=immediate&_pragma=journal_mode(WAL)&_pragma=synchronous(FULL)&_pragma=busy_timeout(5000)&_pragma=foreign_keys(1)")
+	db, err := sqlite.Open(path, "foreign_keys(1)")
 	if err != nil {
 		return nil, err
 	}

@@ -11,8 +11,7 @@ import (
 	"sync"
 	"time"
 
-	_ "modernc.org/sqlite" // the driver "sqlite"
-
+	"inkan/internal/sqlite"
 	"inkan/scope"
 )
 
@@ -75,7 +74,7 @@ type shelf struct {
 
 // OpenSQLiteStore opens or makes a store in a file. Close it.
 func OpenSQLiteStore(ctx context.Context, path string) (*SQLStore, error) {
-	db, err := sql.Open("sqlite", "file:"+path+"?_txlock=immediate&_pragma=journal_mode(WAL)&_pragma=synchronous(FULL)&_pragma=busy_timeout(5000)")
+	db, err := sqlite.Open(path)
 	if err != nil {
 		return nil, err
 	}

@@ -1,0 +1,50 @@
+// Package sqlite opens SQLite databases whose commits are on disk when they
+// return: see [Open].
+package sqlite
+
+import (
+	"database/sql"
+	"errors"
+	"fmt"
+	"strings"
+	"sync"
+
+	"modernc.org/sqlite"
+	sqlite3 "modernc.org/sqlite/lib"
+)
+
+// setUp has every commit of this process sync its data with fdatasync, as
+// SQLite does in the builds of distributions. fsync adds the file's times, which
+// nothing here depends on, and is what a commit waits for on a journaling file system.
+var setUp = sync.OnceValue(func() error {
+	if _, err := sqlite.Fdatasync(true); err != nil && !errors.Is(err, sqlite.ErrFdatasyncUnavailable) {
+		return err
+	}
+	return nil
+})
+
+// Open opens or makes the database at path, in write-ahead mode. A transaction
+// begins by taking the right to write, for which it waits up to five seconds, and is
+// on disk when it was committed. pragmas are such as "foreign_keys(1)".
+func Open(path string, pragmas ...string) (*sql.DB, error) {
+	if err := setUp(); err != nil {
+		return nil, err
+	}
+	var b strings.Builder
+	fmt.Fprintf(&b, "file:%s?_txlock=immediate", path)
+	for _, p := range append([]string{"journal_mode(WAL)", "synchronous(FULL)", "busy_timeout(5000)"}, pragmas...) {
+		b.WriteString("&_pragma=" + p)
+	}
+	return sql.Open("sqlite", b.String())
+}
+
+// OpenReadOnly opens the database at path, which another process may be writing.
+func OpenReadOnly(path string) (*sql.DB, error) {
+	return sql.Open("sqlite", "file:"+path+"?mode=ro&_pragma=busy_timeout(5000)&_pragma=query_only(1)")
+}
+
+// NotUnique says whether an error is that a row like it is there already.
+func NotUnique(err error) bool {
+	e, ok := errors.AsType[*sqlite.Error](err)
+	return ok && e.Code() == sqlite3.SQLITE_CONSTRAINT_UNIQUE
+}
