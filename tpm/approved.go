@@ -5,6 +5,8 @@ import (
 	"crypto"
 	"errors"
 	"fmt"
+	"slices"
+	"sync"
 	"time"
 
 	"github.com/google/go-tpm/tpm2"
@@ -141,16 +143,19 @@ type candidate struct {
 }
 
 // signApproved signs in approver mode. If the TPM lost the session meanwhile,
-// or the authorization came too late for it, it asks once more.
+// the authorization came too late for it, or the host is not in the state that was
+// expected, it asks again and expects nothing.
 func (k *Key) signApproved(digest, message []byte, a Authorizer) (*tpm2.TPMSSignatureECC, error) {
-	sig, err := k.tryApproved(digest, message, a)
-	if errors.Is(err, errStale) {
-		sig, err = k.tryApproved(digest, message, a)
+	sig, err := k.tryApproved(digest, message, a, true)
+	for tries := 0; errors.Is(err, errStale) && tries < 2; tries++ {
+		sig, err = k.tryApproved(digest, message, a, false)
 	}
 	return sig, err
 }
 
-func (k *Key) tryApproved(digest, message []byte, a Authorizer) (*tpm2.TPMSSignatureECC, error) {
+// tryApproved puts the state that the host was in last time into the session
+// while the approvers are asked, if it expects that one.
+func (k *Key) tryApproved(digest, message []byte, a Authorizer, expect bool) (*tpm2.TPMSSignatureECC, error) {
 	u := k.use.Load()
 	if len(u.candidates) == 0 {
 		return nil, fmt.Errorf("signing: %w for keys in approver mode: ask the operator of the issuer for one that names the approvers", ErrNoPolicy)
@@ -163,6 +168,12 @@ func (k *Key) tryApproved(digest, message []byte, a Authorizer) (*tpm2.TPMSSigna
 	nonce := p.session.NonceTPM().Buffer
 	cpHash := attest.SignCommandHash(k.name, [32]byte(digest))
 	got := make(map[string]*attest.Authorization)
+	var in *attest.ApprovedPolicy
+	var entering sync.WaitGroup
+	defer entering.Wait() // before the session is given back
+	if expect {
+		entering.Go(func() { in = k.expect(p, u) })
+	}
 	err = a.Authorize(bytes.Clone(nonce), func(approver string, expiration int32, signature []byte) (bool, error) {
 		key := u.approverKey(approver)
 		if key == nil {
@@ -175,6 +186,7 @@ func (k *Key) tryApproved(digest, message []byte, a Authorizer) (*tpm2.TPMSSigna
 		got[approver] = x
 		return len(u.satisfied(got)) > 0, nil
 	})
+	entering.Wait()
 	if err != nil {
 		return nil, err
 	}
@@ -188,7 +200,7 @@ func (k *Key) tryApproved(digest, message []byte, a Authorizer) (*tpm2.TPMSSigna
 			p.spoiled = true
 			return errStale
 		}
-		sig, err = k.signIn(p, u, satisfied, got, cpHash, digest, message)
+		sig, err = k.signIn(p, u, satisfied, in, got, cpHash, digest, message)
 		return err
 	})
 	return sig, err
@@ -223,10 +235,11 @@ next:
 
 // signIn satisfies the policy in the session and signs: with everything loaded,
 // that is a command for the PCRs, one for the epoch if there is one, one for each
-// approver, one for the policy key and the signature.
-func (k *Key) signIn(p *parked, u *use, satisfied []candidate, got map[string]*attest.Authorization, cpHash [32]byte, digest, message []byte) (*tpm2.TPMSSignatureECC, error) {
+// approver, one for the policy key and the signature. The session may have the
+// state that an approval is for in it already.
+func (k *Key) signIn(p *parked, u *use, satisfied []candidate, in *attest.ApprovedPolicy, got map[string]*attest.Authorization, cpHash [32]byte, digest, message []byte) (*tpm2.TPMSSignatureECC, error) {
 	d := k.device
-	x, c, err := k.approvedState(p, u, satisfied)
+	x, c, err := k.approvedState(p, u, satisfied, in)
 	if err != nil {
 		return nil, err
 	}
@@ -262,6 +275,9 @@ func (k *Key) signIn(p *parked, u *use, satisfied []candidate, got map[string]*a
 		return nil, err
 	}
 	sig, err := k.command(digest, message, p.session)
+	if in != nil && errors.Is(err, tpm2.TPMRCPCRChanged) {
+		return nil, errStale // some PCR was extended while the approvers were asked
+	}
 	if err != nil {
 		return nil, answer(err)
 	}
@@ -279,34 +295,73 @@ func answer(err error) error {
 	return err
 }
 
-// approvedState applies PolicyPCR, and PolicyNV where there are epochs, for the policy that was right last time, or
-// for the one that the PCRs have the values of.
-func (k *Key) approvedState(p *parked, u *use, satisfied []candidate) (*prepared, candidate, error) {
+// expect puts the state that was right last time into the session, and returns
+// the approval that it belongs to: nil where there is none, or the host is not in it.
+func (k *Key) expect(p *parked, u *use) (in *attest.ApprovedPolicy) {
+	err := k.device.do("preparing a signature", func() error {
+		if p.epoch != k.device.epoch {
+			return errStale
+		}
+		for _, c := range u.candidates {
+			if c.policy.Name == k.last {
+				in = c.policy
+				_, err := k.enter(p, u, c)
+				return answer(err)
+			}
+		}
+		return nil
+	})
+	if err != nil {
+		return nil // what is wrong shows when the authorizations are there
+	}
+	return in
+}
+
+// enter puts the state that an approval is for into the session: PolicyPCR, and
+// PolicyNV where there are epochs.
+func (k *Key) enter(p *parked, u *use, c candidate) (*prepared, error) {
 	d := k.device
-	pcr := func(c candidate) (*prepared, error) {
-		x, err := d.prepare(u.policies, c.policy)
-		if err != nil {
-			return nil, err
-		}
-		if err = p.send(d.link, x, "pcr", func(to transport.TPM) error {
-			_, err := tpm2.PolicyPCR{PolicySession: p.session.Handle(), PcrDigest: tpm2.TPM2BDigest{Buffer: x.pcrDigest}, Pcrs: x.selection}.Execute(to)
-			return err
-		}); err != nil || c.policy.Epoch == 0 {
-			return x, err
-		}
-		p.spoiled = true // the session has the PCRs in it
-		err = epochGone(p.send(d.link, x, "epoch", func(to transport.TPM) error { return policyEpoch(to, c.policy.Epoch, p.session.Handle()) }))
-		if errors.Is(err, tpm2.TPMRCPolicy) {
-			k.last = "" // it has ended: begin anew with what has not
-			err = errStale
-		}
+	x, err := d.prepare(u.policies, c.policy)
+	if err != nil {
+		return nil, err
+	}
+	if err := p.send(d.link, x, "pcr", func(to transport.TPM) error {
+		_, err := tpm2.PolicyPCR{PolicySession: p.session.Handle(), PcrDigest: tpm2.TPM2BDigest{Buffer: x.pcrDigest}, Pcrs: x.selection}.Execute(to)
+		return err
+	}); err != nil {
 		return x, err
+	}
+	p.spoiled = true // the session has the PCRs in it
+	if c.policy.Epoch == 0 {
+		return x, nil
+	}
+	err = epochGone(p.send(d.link, x, "epoch", func(to transport.TPM) error { return policyEpoch(to, c.policy.Epoch, p.session.Handle()) }))
+	if errors.Is(err, tpm2.TPMRCPolicy) {
+		k.last = "" // it has ended: begin anew with what has not
+		err = errStale
+	}
+	return x, err
+}
+
+// approvedState sees to it that the session has a state in it that a policy with
+// all its authorizations is for: the one that is in it, the one that was right last
+// time, or the one that the PCRs have the values of.
+func (k *Key) approvedState(p *parked, u *use, satisfied []candidate, in *attest.ApprovedPolicy) (*prepared, candidate, error) {
+	d := k.device
+	if p.spoiled {
+		for _, c := range satisfied {
+			if in != nil && sameState(in, c.policy) {
+				x, err := d.prepare(u.policies, c.policy)
+				return x, c, err
+			}
+		}
+		return nil, candidate{}, errStale
 	}
 	for _, c := range satisfied {
 		if c.policy.Name != k.last {
 			continue
 		}
-		x, err := pcr(c)
+		x, err := k.enter(p, u, c)
 		if err == nil {
 			return x, c, nil
 		}
@@ -324,7 +379,7 @@ func (k *Key) approvedState(p *parked, u *use, satisfied []candidate) (*prepared
 	}
 	for _, c := range satisfied {
 		if now.fits(c.policy) {
-			x, err := pcr(c)
+			x, err := k.enter(p, u, c)
 			if err == nil {
 				k.last = c.policy.Name
 			}
@@ -332,6 +387,13 @@ func (k *Key) approvedState(p *parked, u *use, satisfied []candidate) (*prepared
 		}
 	}
 	return nil, candidate{}, now.none(policies)
+}
+
+// sameState says whether two approvals are for one state of the host.
+func sameState(a, b *attest.ApprovedPolicy) bool {
+	return a.Epoch == b.Epoch && slices.EqualFunc(a.PCRs, b.PCRs, func(x, y attest.PCRValue) bool {
+		return x.Bank == y.Bank && x.Index == y.Index && bytes.Equal(x.Digest, y.Digest)
+	})
 }
 
 // external loads the public part of an approver's key, or finds it loaded.
