@@ -268,7 +268,7 @@ func (l *Log) write() {
 }
 
 // checkpoint copies the write-ahead log into the file, when nobody waits for a
-// commit. SQLite does it besides after each thousand pages. Either way the next commit writes over the
+// commit. SQLite does it besides after some thousand pages. Either way the next commit writes over the
 // log from its beginning: over space that the file has, a commit takes two thirds
 // of what it takes at the end of one that grows. If it cannot, the
 // commits stand in the write-ahead log, and the next one is tried.
