@@ -36,7 +36,7 @@ const backdate = 30 * time.Second
 type order struct {
 	profile     string
 	key         crypto.PublicKey
-	agent       string               // action, tls: the agent's name
+	agent       *Agent               // action, tls: as the inventory had it when this was decided
 	scope       []byte               // action: canonical JSON
 	attestation *certext.Attestation // action
 	names       []string             // server: DNS names and IP addresses
@@ -91,24 +91,38 @@ func (i *Issuer) issue(ctx context.Context, o order) (*x509.Certificate, error) 
 		}
 	}
 	err = i.store.inTx(ctx, func(tx *sql.Tx) error {
+		var name string
+		if o.agent != nil {
+			// Suspending revokes what is in the inventory: nothing may come into it afterwards.
+			name = o.agent.Name
+			if err := o.agent.still(ctx, tx); err != nil {
+				return err
+			}
+		}
 		if _, err := tx.ExecContext(ctx, "INSERT INTO certificate(serial, profile, agent, der, issued, not_after) VALUES(?, ?, ?, ?, ?, ?)",
-			hex.EncodeToString(serial), o.profile, o.agent, der, now.Unix(), t.NotAfter.Unix()); err != nil {
+			hex.EncodeToString(serial), o.profile, name, der, now.Unix(), t.NotAfter.Unix()); err != nil {
 			return err
 		}
-		return event(ctx, tx, Event{Time: now, Kind: "issued", Agent: o.agent, Detail: fmt.Sprintf("%s certificate %x until %s", o.profile, serial, t.NotAfter.Format(time.RFC3339))})
+		return event(ctx, tx, Event{Time: now, Kind: "issued", Agent: name, Detail: fmt.Sprintf("%s certificate %x until %s", o.profile, serial, t.NotAfter.Format(time.RFC3339))})
 	})
-	return c, err
+	if err != nil {
+		return nil, err
+	}
+	return c, nil
 }
 
 // fill adds what the profile has.
 func (o *order) fill(t *x509.Certificate, domain string) error {
 	agent := o.profile == profileAction || o.profile == profileTLS
 	if agent {
+		if o.agent == nil {
+			return errors.New("an agent's certificate needs the agent")
+		}
 		if o.lifetime > certext.MaxLifetime {
 			return fmt.Errorf("a lifetime of %s, at most %s is allowed", o.lifetime, certext.MaxLifetime)
 		}
-		t.Subject.CommonName = o.agent
-		t.URIs = []*url.URL{{Scheme: "spiffe", Host: domain, Path: "/agent/" + o.agent}}
+		t.Subject.CommonName = o.agent.Name
+		t.URIs = []*url.URL{{Scheme: "spiffe", Host: domain, Path: "/agent/" + o.agent.Name}}
 	}
 	switch o.profile {
 	case profileAction:

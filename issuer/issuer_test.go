@@ -49,6 +49,7 @@ var selection = []attest.PCRSelection{{Bank: "sha256", Indexes: []int{0, 2, 4, 7
 // office is a running issuer with a device and an agent in its inventory.
 type office struct {
 	dir       string
+	issuer    *issuer.Issuer
 	addresses issuer.Addresses
 	ca        *x509.Certificate
 	roots     *x509.CertPool
@@ -112,7 +113,7 @@ func newOffice(t testing.TB) *office {
 			t.Error(err)
 		}
 	})
-	o.ca, o.roots = i.CA(), x509.NewCertPool()
+	o.issuer, o.ca, o.roots = i, i.CA(), x509.NewCertPool()
 	o.roots.AddCert(o.ca)
 	b, err := os.ReadFile(filepath.Join(o.dir, issuer.AdminFile))
 	if err != nil {

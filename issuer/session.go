@@ -1,6 +1,7 @@
 package issuer
 
 import (
+	"bytes"
 	"context"
 	"crypto/rand"
 	"database/sql"
@@ -29,6 +30,7 @@ const (
 // so nonce and secret are used once and a failed exchange stays failed (G1, Q3, A3).
 type session struct {
 	agent       string
+	was         *Agent // as the inventory had it at the beginning
 	device      *Device
 	hello       *attest.Hello
 	endorsement *attest.Endorsement
@@ -103,6 +105,7 @@ func (i *Issuer) begin(ctx context.Context, h *attest.Hello, from netip.Addr) (*
 	if err != nil {
 		return nil, err
 	}
+	x.was = a
 	if x.endorsement, err = attest.VerifyEK(h, options); err != nil {
 		return nil, err
 	}
@@ -219,6 +222,9 @@ func (i *Issuer) finish(ctx context.Context, ev *attest.Evidence, binding []byte
 	if err != nil {
 		return nil, err
 	}
+	if *a != *x.was {
+		return nil, a.changed()
+	}
 	auth := i.auth
 	if x.challenge.Epoch != nil {
 		auth = i.epochAuth
@@ -264,13 +270,20 @@ func (i *Issuer) appraised(ctx context.Context, x *session, ev *attest.Evidence,
 		if err := x.unknownStill(ctx, tx); err != nil {
 			return err
 		}
-		res, err := tx.ExecContext(ctx, "UPDATE device SET ak = ?, srk = ?, clock_ms = ?, resets = ?, restarts = ?, epoch = max(epoch, ?), audit = coalesce(?, audit), testimony = coalesce(?, testimony) WHERE id = ? AND (ak IS NULL OR ak = ?)",
-			x.hello.AKPublic, x.hello.SRKPublic, int64(clock.Milliseconds), clock.Resets, clock.Restarts, int64(r.Epoch()), audit, testimony, x.device.ID, x.hello.AKPublic)
+		now, err := x.stands(ctx, tx, r)
+		if err != nil {
+			return err
+		}
+		if old := now.clock; old != nil && old.Resets == clock.Resets && old.Restarts == clock.Restarts {
+			clock.Milliseconds = max(clock.Milliseconds, old.Milliseconds)
+		}
+		if now.audit != nil && audit.Valid && uint64(audit.Int64) < *now.audit {
+			audit, testimony = sql.NullInt64{}, nil
+		}
+		_, err = tx.ExecContext(ctx, "UPDATE device SET ak = ?, srk = ?, clock_ms = ?, resets = ?, restarts = ?, epoch = max(epoch, ?), audit = coalesce(?, audit), testimony = coalesce(?, testimony) WHERE id = ?",
+			x.hello.AKPublic, x.hello.SRKPublic, int64(clock.Milliseconds), clock.Resets, clock.Restarts, int64(r.Epoch()), audit, testimony, x.device.ID)
 		if err := constraint(err, "attestation key"); err != nil {
 			return refuse("E9", "%v", err)
-		}
-		if n, err := res.RowsAffected(); err != nil || n != 1 {
-			return refuse("E9", "device %s was removed, or has another attestation key by now", x.device.ID)
 		}
 		if lost := unaccounted(books); lost != "" {
 			if err := event(ctx, tx, Event{Time: r.Time(), Kind: "unaccounted", Agent: x.agent, Device: x.device.ID, Check: "C3", Detail: lost, Evidence: digest}); err != nil {
@@ -280,6 +293,37 @@ func (i *Issuer) appraised(ctx context.Context, x *session, ev *attest.Evidence,
 		return event(ctx, tx, Event{Time: r.Time(), Kind: "appraised", Agent: x.agent, Device: x.device.ID, Check: "P1",
 			Detail: fmt.Sprintf("EK %s, policy %s, firmware %#x, epoch %d, %s", r.Endorsement(), r.Policy(), r.Firmware(), r.Epoch(), testified(r.Testimony(), books)), Evidence: digest})
 	})
+}
+
+// stands holds an accepted appraisal against the inventory as it is now: while
+// the exchange went on, another one of the same device may have ended, and an operator
+// may have changed what it was begun with. It returns the device's record.
+func (x *session) stands(ctx context.Context, tx *sql.Tx, r *attest.Result) (*Device, error) {
+	now, err := deviceIn(ctx, tx, x.device.ID)
+	if errors.Is(err, ErrNotFound) || err == nil && !now.same(x.device) {
+		return nil, refuse("E9", "device %s was changed in the inventory meanwhile: begin again", x.device.ID)
+	}
+	if err != nil {
+		return nil, err
+	}
+	known := func(is, was, shown []byte) bool { return bytes.Equal(is, shown) || is == nil && was == nil }
+	if !known(now.ak, x.device.ak, x.hello.AKPublic) || !known(now.srk, x.device.srk, x.hello.SRKPublic) {
+		return nil, refuse("E9", "device %s has another attestation key or storage root key on record by now", x.device.ID)
+	}
+	if old, clock := now.clock, r.Clock(); old != nil && (clock.Resets < old.Resets || clock.Resets == old.Resets && clock.Restarts < old.Restarts) {
+		return nil, refuse("Q6", "the TPM counts %d resets and %d restarts, and it had %d and %d in an exchange that ended meanwhile", clock.Resets, clock.Restarts, old.Resets, old.Restarts)
+	}
+	if r.Epoch() < now.EpochMin {
+		return nil, refuse("N3", "the epoch is %d, and at least %d is demanded by now: begin again", r.Epoch(), now.EpochMin)
+	}
+	var inForce bool
+	if err := tx.QueryRowContext(ctx, "SELECT count(*) FROM policy WHERE name = ? AND device IN ('*', ?) AND NOT retired", r.Policy(), x.device.ID).Scan(&inForce); err != nil {
+		return nil, err
+	}
+	if !inForce {
+		return nil, refuse("P1", "policy %s was retired meanwhile", r.Policy())
+	}
+	return now, nil
 }
 
 // cancelScope is the scope of the agent's key for cancels: the agent's own, but
@@ -304,9 +348,13 @@ func (i *Issuer) grant(ctx context.Context, a *Agent, x *session, r *attest.Resu
 	if err != nil {
 		return nil, err
 	}
-	g := &attest.Grant{Policies: x.challenge.Policies, RenewAfter: i.now().Add(i.config.lifetime * 2 / 3).UTC().Truncate(time.Second)}
+	policies, err := i.store.policiesFor(ctx, x.device.ID)
+	if err != nil {
+		return nil, err
+	}
+	g := &attest.Grant{Policies: policies, RenewAfter: i.now().Add(i.config.lifetime * 2 / 3).UTC().Truncate(time.Second)}
 	for _, k := range r.Keys() {
-		o := order{profile: k.Purpose, key: k.PublicKey, agent: a.Name, lifetime: i.config.lifetime}
+		o := order{profile: k.Purpose, key: k.PublicKey, agent: a, lifetime: i.config.lifetime}
 		if k.Purpose == attest.PurposeAction || k.Purpose == attest.PurposeCancel {
 			o.profile, o.scope = profileAction, []byte(a.Scope)
 			if k.Purpose == attest.PurposeCancel {

@@ -313,12 +313,28 @@ func scanDevice(row interface{ Scan(...any) error }) (*Device, error) {
 	return &d, nil
 }
 
+// queryer is a database, or a transaction in it.
+type queryer interface {
+	QueryRowContext(ctx context.Context, query string, args ...any) *sql.Row
+}
+
 func (s *store) device(ctx context.Context, id string) (*Device, error) {
-	d, err := scanDevice(s.db.QueryRowContext(ctx, "SELECT "+deviceColumns+" FROM device WHERE id = ?", id))
+	return deviceIn(ctx, s.db, id)
+}
+
+func deviceIn(ctx context.Context, q queryer, id string) (*Device, error) {
+	d, err := scanDevice(q.QueryRowContext(ctx, "SELECT "+deviceColumns+" FROM device WHERE id = ?", id))
 	if errors.Is(err, sql.ErrNoRows) {
 		return nil, ErrNotFound
 	}
 	return d, err
+}
+
+// same says whether d is what an operator entered as old, and not another
+// device that has its name by now.
+func (d *Device) same(old *Device) bool {
+	return d.EK == old.EK && d.Roots == old.Roots && d.Intermediates == old.Intermediates && d.CRLs == old.CRLs && d.Unattested == old.Unattested &&
+		d.AllowExpired == old.AllowExpired && d.UnsafeClock == old.UnsafeClock && d.MinFirmware == old.MinFirmware
 }
 
 func (s *store) deviceByEK(ctx context.Context, ek [32]byte) (*Device, error) {
@@ -449,7 +465,31 @@ func scanAgent(row interface{ Scan(...any) error }) (*Agent, error) {
 }
 
 func (s *store) agent(ctx context.Context, name string) (*Agent, error) {
-	a, err := scanAgent(s.db.QueryRowContext(ctx, "SELECT name, device, scope, tls, hsm, approver, cancels, vendor, vendor_roots, status FROM agent WHERE name = ?", name))
+	return agentIn(ctx, s.db, name)
+}
+
+// still refuses if the inventory no longer has the agent as it is here, in force.
+func (a *Agent) still(ctx context.Context, tx *sql.Tx) error {
+	now, err := agentIn(ctx, tx, a.Name)
+	switch {
+	case errors.Is(err, ErrNotFound):
+		return a.changed()
+	case err != nil:
+		return err
+	case now.Status != Active:
+		return refuse("E9", "agent %s is %s", a.Name, now.Status)
+	case *now != *a:
+		return a.changed()
+	}
+	return nil
+}
+
+func (a *Agent) changed() error {
+	return refuse("E9", "agent %s was changed in the inventory meanwhile: begin again", a.Name)
+}
+
+func agentIn(ctx context.Context, q queryer, name string) (*Agent, error) {
+	a, err := scanAgent(q.QueryRowContext(ctx, "SELECT name, device, scope, tls, hsm, approver, cancels, vendor, vendor_roots, status FROM agent WHERE name = ?", name))
 	if errors.Is(err, sql.ErrNoRows) {
 		return nil, fmt.Errorf("agent %.80q: %w", name, ErrNotFound)
 	}
@@ -463,14 +503,14 @@ func (s *store) agents(ctx context.Context) ([]*Agent, error) {
 // setStatus suspends, resumes or retires an agent. Whatever is not active has
 // its certificates revoked. A retired agent stays retired.
 func (s *store) setStatus(ctx context.Context, name, status string, now time.Time) error {
-	a, err := s.agent(ctx, name)
-	if err != nil {
-		return err
-	}
-	if status != Active && status != Suspended && status != Retired || a.Status == Retired && status != Retired {
-		return fmt.Errorf("agent %s: %w: from %s to %.16q is not possible", name, ErrInvalid, a.Status, status)
-	}
 	return s.inTx(ctx, func(tx *sql.Tx) error {
+		a, err := agentIn(ctx, tx, name)
+		if err != nil {
+			return err
+		}
+		if status != Active && status != Suspended && status != Retired || a.Status == Retired && status != Retired {
+			return fmt.Errorf("agent %s: %w: from %s to %.16q is not possible", name, ErrInvalid, a.Status, status)
+		}
 		if _, err := tx.ExecContext(ctx, "UPDATE agent SET status = ? WHERE name = ?", status, name); err != nil {
 			return err
 		}

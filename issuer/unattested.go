@@ -72,7 +72,7 @@ func (i *Issuer) grantDeclared(ctx context.Context, a *Agent, d *Device, x *atte
 	}); err != nil {
 		return nil, err
 	}
-	c, err := i.issue(ctx, order{profile: profileAction, key: ok.Key(), agent: a.Name, lifetime: i.config.lifetime, scope: []byte(a.Scope), attestation: &certext.Attestation{
+	c, err := i.issue(ctx, order{profile: profileAction, key: ok.Key(), agent: a, lifetime: i.config.lifetime, scope: []byte(a.Scope), attestation: &certext.Attestation{
 		EvidenceSHA256: digest, Time: ok.Time().UTC().Truncate(time.Second), Protection: certext.ProtectionHSMDeclared, Mode: attest.ModeLocal, EK: certext.EKNone, Device: d.ID,
 	}})
 	if err != nil {
