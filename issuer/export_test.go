@@ -24,3 +24,9 @@ func Late(ctx context.Context, i *Issuer, agent string, key crypto.PublicKey) fu
 		return err
 	}
 }
+
+// Limiter returns what bounds the exchanges of an address.
+func Limiter() func(remote string) bool {
+	l := limiter{rate: perAddressRate, burst: perAddressBurst}
+	return l.allow
+}

@@ -5,12 +5,14 @@ import (
 	"crypto/tls"
 	_ "embed"
 	"encoding/base64"
+	"encoding/hex"
 	"errors"
 	"fmt"
 	"io"
 	"log/slog"
 	"net"
 	"net/http"
+	"net/netip"
 	"net/url"
 	"strconv"
 	"sync"
@@ -30,8 +32,9 @@ var agentOpenAPI []byte
 //go:embed openapi/admin.json
 var adminOpenAPI []byte
 
-// perAddress is how many exchanges one address may begin: a burst, then one
-// every two seconds (G7). Renewal takes one in hours.
+// perAddress is how many exchanges one address may begin, or messages of an
+// exchange that it did not begin may it send: a burst, then one every two seconds (G7). Renewal
+// takes one in hours.
 const (
 	perAddressBurst = 60
 	perAddressRate  = rate.Limit(0.5)
@@ -46,13 +49,18 @@ type limiter struct {
 	mu    sync.Mutex
 	rate  rate.Limit
 	burst int
-	by    map[string]*rate.Limiter
+	by    map[netip.Prefix]*rate.Limiter
 }
 
 func (l *limiter) allow(remote string) bool {
-	host, _, err := net.SplitHostPort(remote)
+	from, err := netip.ParseAddrPort(remote)
 	if err != nil {
 		return false
+	}
+	// Who has one IPv6 address has the rest of its network, too.
+	network := netip.PrefixFrom(from.Addr().Unmap(), 32)
+	if network.Addr().Is6() {
+		network = netip.PrefixFrom(network.Addr().WithZone(""), 64).Masked()
 	}
 	if unlimited {
 		return true
@@ -60,12 +68,12 @@ func (l *limiter) allow(remote string) bool {
 	l.mu.Lock()
 	defer l.mu.Unlock()
 	if l.by == nil || len(l.by) > maxAddresses {
-		l.by = make(map[string]*rate.Limiter) // forgetting is cheaper than being filled up
+		l.by = make(map[netip.Prefix]*rate.Limiter) // forgetting is cheaper than being filled up
 	}
-	r := l.by[host]
+	r := l.by[network]
 	if r == nil {
 		r = rate.NewLimiter(l.rate, l.burst)
-		l.by[host] = r
+		l.by[network] = r
 	}
 	return r.Allow()
 }
@@ -129,12 +137,19 @@ func static(contentType string, b []byte) http.HandlerFunc {
 
 // agentHandler serves the agents' API.
 func (i *Issuer) agentHandler() http.Handler {
-	limit := &i.limit
 	mux := http.NewServeMux()
+	// allow refuses what an address sends beyond its limit, and writes nothing
+	// down of it: the decision log must not fill up.
+	allow := func(w http.ResponseWriter, r *http.Request) bool {
+		if i.limit.allow(r.RemoteAddr) {
+			return true
+		}
+		w.Header().Set("Retry-After", "2")
+		problem.Write(w, problem.Problem{Status: http.StatusTooManyRequests, Check: "G7", Detail: "too many exchanges from this address"})
+		return false
+	}
 	mux.HandleFunc("POST /v1/sessions", func(w http.ResponseWriter, r *http.Request) {
-		if !limit.allow(r.RemoteAddr) {
-			w.Header().Set("Retry-After", "2")
-			problem.Write(w, problem.Problem{Status: http.StatusTooManyRequests, Check: "G7", Detail: "too many exchanges from this address"})
+		if !allow(w, r) {
 			return
 		}
 		var h attest.Hello
@@ -149,11 +164,19 @@ func (i *Issuer) agentHandler() http.Handler {
 		}
 		problem.JSON(w, http.StatusOK, c)
 	})
-	mux.HandleFunc("POST /v1/sessions/{session}/journal", i.serveJournal)
+	mux.HandleFunc("POST /v1/sessions/{session}/journal", func(w http.ResponseWriter, r *http.Request) {
+		if id, err := hex.DecodeString(r.PathValue("session")); err == nil && i.sessions.has(i.now(), id) || allow(w, r) {
+			i.serveJournal(w, r)
+		}
+	})
 	mux.HandleFunc("POST /v1/sessions/evidence", func(w http.ResponseWriter, r *http.Request) {
 		var ev attest.Evidence
 		if err := read(r, &ev); err != nil {
 			i.fail(w, r, err)
+			return
+		}
+		known := i.sessions.has(i.now(), ev.Session)
+		if !known && !allow(w, r) {
 			return
 		}
 		binding, err := r.TLS.ExportKeyingMaterial(attest.BindingLabel, nil, attest.BindingSize)
@@ -164,7 +187,11 @@ func (i *Issuer) agentHandler() http.Handler {
 		begun := time.Now()
 		g, err := i.finish(r.Context(), &ev, binding, peer(r))
 		if err != nil {
-			i.decide(w, r, "", &ev, err)
+			kept := &ev
+			if !known {
+				kept = nil // it answers nothing that was asked
+			}
+			i.decide(w, r, "", kept, err)
 			return
 		}
 		i.metrics.issued.Inc()
@@ -172,6 +199,9 @@ func (i *Issuer) agentHandler() http.Handler {
 		problem.JSON(w, http.StatusOK, g)
 	})
 	mux.HandleFunc("POST /v1/declarations", func(w http.ResponseWriter, r *http.Request) {
+		if !allow(w, r) {
+			return
+		}
 		var x attest.Declaration
 		if err := read(r, &x); err != nil {
 			i.fail(w, r, err)

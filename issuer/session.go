@@ -9,6 +9,7 @@ import (
 	"errors"
 	"fmt"
 	"net/netip"
+	"strings"
 	"sync"
 	"time"
 
@@ -76,6 +77,14 @@ func (s *sessions) take(now time.Time, id []byte) *session {
 		return nil
 	}
 	return x
+}
+
+// has says whether an exchange is under way, and leaves it there.
+func (s *sessions) has(now time.Time, id []byte) bool {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	x := s.open[string(id)]
+	return x != nil && !now.After(x.expires)
 }
 
 func refuse(check, format string, a ...any) error {
@@ -410,9 +419,11 @@ func (i *Issuer) refused(ctx context.Context, agent string, ev *attest.Evidence,
 	})
 }
 
+// clip cuts what a host sent to n bytes, and leaves it a text: a log with
+// anything else could not be read as JSON.
 func clip(s string, n int) string {
 	if len(s) > n {
-		return s[:n]
+		s = s[:n]
 	}
-	return s
+	return strings.ToValidUTF8(s, "")
 }

@@ -577,6 +577,9 @@ func (s *store) events(ctx context.Context, after int64, limit int) ([]Event, er
 		var micros int64
 		err = r.Scan(&e.ID, &micros, &e.Kind, &e.Agent, &e.Device, &e.Check, &e.Detail, &e.Evidence)
 		e.Time = time.UnixMicro(micros).UTC()
+		for _, text := range []*string{&e.Agent, &e.Detail} {
+			*text = strings.ToValidUTF8(*text, "\ufffd") // one that was not could not be shown at all
+		}
 		return e, err
 	}, "SELECT id, time, kind, agent, device, check_id, detail, evidence FROM event WHERE id > ? ORDER BY id LIMIT ?", after, limit)
 }
