@@ -1,6 +1,7 @@
 package main
 
 import (
+	"context"
 	"crypto"
 	"crypto/ecdsa"
 	"crypto/elliptic"
@@ -14,6 +15,7 @@ import (
 	"log/slog"
 	"os"
 	"path/filepath"
+	"strconv"
 	"strings"
 	"text/tabwriter"
 	"time"
@@ -535,19 +537,45 @@ func certificateList(e *env, c *cli.Context) error {
 	})
 }
 
+// allEvents reads the decision log page by page.
+func allEvents(ctx context.Context, cl *issuer.Client, after int64) ([]issuer.Event, error) {
+	list := []issuer.Event{}
+	for {
+		page, err := cl.Events(ctx, after)
+		if err != nil || len(page) == 0 {
+			return list, err
+		}
+		list, after = append(list, page...), page[len(page)-1].ID
+	}
+}
+
+// oneLine shows characters that are not printed by their number. Hosts choose
+// names and more that stand in the decision log.
+func oneLine(s string) string {
+	var b strings.Builder
+	for _, r := range s {
+		if strconv.IsPrint(r) {
+			b.WriteRune(r)
+		} else {
+			b.WriteString(strings.Trim(strconv.QuoteRune(r), "'"))
+		}
+	}
+	return b.String()
+}
+
 func eventsList(e *env, c *cli.Context) error {
 	cl, err := adminClient(c)
 	if err != nil {
 		return err
 	}
-	list, err := cl.Events(c.Context, c.Int64("after"))
+	list, err := allEvents(c.Context, cl, c.Int64("after"))
 	if err != nil {
 		return err
 	}
 	return e.show(c, list, func() {
 		e.table("NUMBER\tTIME\tKIND\tAGENT\tDEVICE\tCHECK\tDETAIL", func(w *tabwriter.Writer) {
 			for _, x := range list {
-				fmt.Fprintf(w, "%d\t%s\t%s\t%s\t%s\t%s\t%s\n", x.ID, x.Time.Format(time.RFC3339), x.Kind, x.Agent, x.Device, x.Check, x.Detail)
+				fmt.Fprintf(w, "%d\t%s\t%s\t%s\t%s\t%s\t%s\n", x.ID, x.Time.Format(time.RFC3339), x.Kind, oneLine(x.Agent), x.Device, x.Check, oneLine(x.Detail))
 			}
 		})
 	})
