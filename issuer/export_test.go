@@ -3,6 +3,8 @@ package issuer
 import (
 	"context"
 	"crypto"
+	"fmt"
+	"sync/atomic"
 	"testing"
 	"time"
 )
@@ -29,4 +31,35 @@ func Late(ctx context.Context, i *Issuer, agent string, key crypto.PublicKey) fu
 func Limiter() func(remote string) bool {
 	l := limiter{rate: perAddressRate, burst: perAddressBurst}
 	return l.allow
+}
+
+// Clock lets a test set the clock of an issuer that does not serve yet; it then stands still.
+func Clock(i *Issuer) (set func(time.Time)) {
+	var clock atomic.Pointer[time.Time]
+	i.now = func() time.Time {
+		if t := clock.Load(); t != nil {
+			return *t
+		}
+		return time.Now()
+	}
+	return func(t time.Time) { clock.Store(&t) }
+}
+
+// ShortCA has CA certificates made by Init live for d.
+func ShortCA(tb testing.TB, d time.Duration) {
+	old := caLifetime
+	caLifetime = d
+	tb.Cleanup(func() { caLifetime = old })
+}
+
+// FullDisk has every write to the inventory fail, until it is called off.
+func FullDisk(tb testing.TB, i *Issuer) (end func()) {
+	pragma := func(n int) {
+		tb.Helper()
+		if _, err := i.store.db.ExecContext(context.Background(), fmt.Sprintf("PRAGMA query_only(%d)", n)); err != nil {
+			tb.Fatal(err)
+		}
+	}
+	pragma(1)
+	return func() { pragma(0) }
 }

@@ -71,8 +71,11 @@ func (i *Issuer) issue(ctx context.Context, o order) (*x509.Certificate, error) 
 		IssuingCertificateURL: []string{i.config.PublicURL + "/ca.cer"},
 		Subject:               pkix.Name{CommonName: o.common},
 	}
+	if !now.Before(i.ca.NotAfter) {
+		return nil, fmt.Errorf("the CA certificate ended at %s: a new issuer is needed", i.ca.NotAfter.Format(time.RFC3339))
+	}
 	if t.NotAfter.After(i.ca.NotAfter) {
-		return nil, fmt.Errorf("the CA certificate ends at %s, before the certificate would", i.ca.NotAfter.Format(time.RFC3339))
+		t.NotAfter = i.ca.NotAfter
 	}
 	if err := o.fill(t, i.config.TrustDomain); err != nil {
 		return nil, err

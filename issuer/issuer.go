@@ -120,10 +120,14 @@ type Issuer struct {
 	limit    limiter
 	mu       sync.Mutex // guards what follows
 	crl      []byte
+	crlMade  time.Time
 	crlUntil time.Time
 
 	killList      string
+	killListMade  time.Time
 	killListUntil time.Time
+	lastNumber    int64 // of a list
+	reserved      int64 // numbers up to here are used up after a restart
 	ocsp          *responder
 	server        *serverCertificate
 }
@@ -166,6 +170,10 @@ func New(ctx context.Context, dir string, c *Config, key crypto.Signer, log *slo
 	if i.store, err = openStore(ctx, filepath.Join(dir, inventoryFile)); err != nil {
 		return nil, err
 	}
+	if i.reserved, err = i.store.reserved(ctx); err != nil {
+		return nil, errors.Join(err, i.Close())
+	}
+	i.lastNumber = i.reserved
 	i.ocsp, i.server = &responder{issuer: i}, &serverCertificate{issuer: i}
 	return i, nil
 }
@@ -209,7 +217,7 @@ func readPolicyKey(path string) (*ecdsa.PublicKey, error) {
 }
 
 // caLifetime is how long a CA certificate made by Init lives.
-const caLifetime = 10 * 365 * 24 * time.Hour
+var caLifetime = 10 * 365 * 24 * time.Hour
 
 // adminLifetime is how long the administrator's certificate made by Init lives.
 const adminLifetime = 365 * 24 * time.Hour

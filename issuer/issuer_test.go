@@ -50,6 +50,8 @@ var selection = []attest.PCRSelection{{Bank: "sha256", Indexes: []int{0, 2, 4, 7
 type office struct {
 	dir       string
 	issuer    *issuer.Issuer
+	again     func() (*issuer.Issuer, error) // opens it once more
+	clock     func(time.Time)                // sets its clock
 	addresses issuer.Addresses
 	ca        *x509.Certificate
 	roots     *x509.CertPool
@@ -99,6 +101,8 @@ func newOffice(t testing.TB) *office {
 	if err != nil {
 		t.Fatal(err)
 	}
+	o.again = func() (*issuer.Issuer, error) { return issuer.New(t.Context(), o.dir, config, ca, log) }
+	o.clock = issuer.Clock(i)
 	ctx, stop := context.WithCancel(context.Background())
 	ready, ended := make(chan issuer.Addresses, 1), make(chan error, 1)
 	go func() { ended <- i.Serve(ctx, func(a issuer.Addresses) { ready <- a }) }()

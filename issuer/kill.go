@@ -101,18 +101,18 @@ func (i *Issuer) KillList(ctx context.Context) (string, error) {
 	i.mu.Lock()
 	defer i.mu.Unlock()
 	now := i.now().UTC()
-	if i.killList != "" && now.Before(i.killListUntil) {
+	if i.killList != "" && now.Before(i.killListUntil) && !now.Before(i.killListMade) {
 		return i.killList, nil
 	}
 	kills, err := i.store.kills(ctx)
 	if err != nil {
 		return "", err
 	}
-	l := &scope.KillList{Number: scope.Counter(now.UnixMicro()), ThisUpdate: now.Truncate(time.Second), NextUpdate: now.Add(killListLifetime).Truncate(time.Second), Kills: kills}
+	l := &scope.KillList{Number: scope.Counter(i.number(ctx, now)), ThisUpdate: now.Truncate(time.Second), NextUpdate: now.Add(killListLifetime).Truncate(time.Second), Kills: kills}
 	text, err := l.Sign(i.key)
 	if err != nil {
 		return "", fmt.Errorf("signing the kill list: %w", err)
 	}
-	i.killList, i.killListUntil = text, now.Add(killListRefresh)
+	i.killList, i.killListMade, i.killListUntil = text, now, now.Add(killListRefresh)
 	return text, nil
 }

@@ -96,7 +96,7 @@ func (i *Issuer) CRL(ctx context.Context) ([]byte, error) {
 	i.mu.Lock()
 	defer i.mu.Unlock()
 	now := i.now()
-	if i.crl != nil && now.Before(i.crlUntil) {
+	if i.crl != nil && now.Before(i.crlUntil) && !now.Before(i.crlMade) {
 		return i.crl, nil
 	}
 	// Expired certificates may leave the list (RFC 5280, section 3.3); a day more
@@ -106,7 +106,7 @@ func (i *Issuer) CRL(ctx context.Context) ([]byte, error) {
 	if err != nil {
 		return nil, err
 	}
-	t := &x509.RevocationList{Number: big.NewInt(now.UnixMicro()), ThisUpdate: now.Truncate(time.Second), NextUpdate: now.Add(i.config.crlLifetime).Truncate(time.Second)}
+	t := &x509.RevocationList{Number: big.NewInt(i.number(ctx, now)), ThisUpdate: now.Truncate(time.Second), NextUpdate: now.Add(i.config.crlLifetime).Truncate(time.Second)}
 	for _, c := range revoked {
 		serial, ok := new(big.Int).SetString(c.Serial, 16)
 		if !ok {
@@ -118,8 +118,27 @@ func (i *Issuer) CRL(ctx context.Context) ([]byte, error) {
 	if err != nil {
 		return nil, fmt.Errorf("signing the CRL: %w", err)
 	}
-	i.crl, i.crlUntil = der, now.Add(i.config.crlLifetime/2)
+	i.crl, i.crlMade, i.crlUntil = der, now, now.Add(i.config.crlLifetime/2)
 	return der, nil
+}
+
+// numberReserve is how far ahead numbers of lists are reserved on disk.
+const numberReserve = time.Hour
+
+// number returns a number for a list that is greater than those of all lists
+// before it, whatever the clock does and over restarts: receivers and signers refuse a
+// list with a lower one. It is called with i.mu held.
+func (i *Issuer) number(ctx context.Context, now time.Time) int64 {
+	i.lastNumber = max(i.lastNumber+1, now.UnixMicro())
+	if ahead := i.lastNumber + numberReserve.Microseconds(); i.lastNumber > i.reserved {
+		if err := i.store.reserve(context.WithoutCancel(ctx), ahead); err != nil {
+			// A list that may have to be numbered anew after a restart is better than none.
+			i.log.ErrorContext(ctx, "the numbers of lists cannot be kept", "error", err)
+		} else {
+			i.reserved = ahead
+		}
+	}
+	return i.lastNumber
 }
 
 // Lifetimes of what the servers make for themselves.
@@ -140,7 +159,9 @@ type ephemeral struct {
 func (e *ephemeral) get(ctx context.Context, i *Issuer, o order) (*ecdsa.PrivateKey, *x509.Certificate, error) {
 	e.mu.Lock()
 	defer e.mu.Unlock()
-	if e.crt != nil && i.now().Before(e.until) {
+	now := i.now()
+	alive := e.crt != nil && now.After(e.crt.NotBefore) && now.Before(e.crt.NotAfter)
+	if alive && now.Before(e.until) {
 		return e.key, e.crt, nil
 	}
 	key, err := ecdsa.GenerateKey(elliptic.P256(), rand.Reader)
@@ -149,10 +170,14 @@ func (e *ephemeral) get(ctx context.Context, i *Issuer, o order) (*ecdsa.Private
 	}
 	o.key = &key.PublicKey
 	crt, err := i.issue(ctx, o)
-	if err != nil {
+	switch {
+	case err != nil && alive: // a third of its life is left to mend what is wrong
+		i.log.ErrorContext(ctx, "a certificate of the issuer's own cannot be renewed", "profile", o.profile, "until", e.crt.NotAfter, "error", err)
+		return e.key, e.crt, nil
+	case err != nil:
 		return nil, nil, err
 	}
-	e.key, e.crt, e.until = key, crt, i.now().Add(o.lifetime*2/3)
+	e.key, e.crt, e.until = key, crt, i.renewal(crt)
 	return key, crt, nil
 }
 

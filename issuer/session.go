@@ -4,6 +4,7 @@ import (
 	"bytes"
 	"context"
 	"crypto/rand"
+	"crypto/x509"
 	"database/sql"
 	"encoding/hex"
 	"errors"
@@ -361,7 +362,7 @@ func (i *Issuer) grant(ctx context.Context, a *Agent, x *session, r *attest.Resu
 	if err != nil {
 		return nil, err
 	}
-	g := &attest.Grant{Policies: policies, RenewAfter: i.now().Add(i.config.lifetime * 2 / 3).UTC().Truncate(time.Second)}
+	g := &attest.Grant{Policies: policies}
 	for _, k := range r.Keys() {
 		o := order{profile: k.Purpose, key: k.PublicKey, agent: a, lifetime: i.config.lifetime}
 		if k.Purpose == attest.PurposeAction || k.Purpose == attest.PurposeCancel {
@@ -392,9 +393,15 @@ func (i *Issuer) grant(ctx context.Context, a *Agent, x *session, r *attest.Resu
 		if err != nil {
 			return nil, err
 		}
-		g.Certificates = append(g.Certificates, attest.Issued{Purpose: k.Purpose, Chain: [][]byte{c.Raw}})
+		g.Certificates, g.RenewAfter = append(g.Certificates, attest.Issued{Purpose: k.Purpose, Chain: [][]byte{c.Raw}}), i.renewal(c)
 	}
 	return g, nil
+}
+
+// renewal is when two thirds of what is left of a certificate's life are over.
+func (i *Issuer) renewal(c *x509.Certificate) time.Time {
+	now := i.now()
+	return now.Add(c.NotAfter.Sub(now) * 2 / 3).UTC().Truncate(time.Second)
 }
 
 // refused writes a refusal to the decision log.

@@ -97,6 +97,14 @@ CREATE TABLE evidence(
 ) STRICT;
 `
 
+// additions came after the format: a program of before does without them.
+const additions = `
+CREATE TABLE IF NOT EXISTS list_number(
+	one      INTEGER PRIMARY KEY CHECK (one = 1),
+	reserved INTEGER NOT NULL            -- CRLs and kill lists may have had numbers up to here
+) STRICT;
+`
+
 // Errors of the inventory.
 var (
 	ErrNotFound = errors.New("not found")
@@ -207,7 +215,23 @@ func openStore(ctx context.Context, path string) (_ *store, err error) {
 	default:
 		return nil, fmt.Errorf("it has format %d, this program knows %d", version, schemaVersion)
 	}
+	if _, err := db.ExecContext(ctx, additions); err != nil {
+		return nil, err
+	}
 	return &store{db}, os.Chmod(path, 0o600)
+}
+
+// reserve keeps the highest number that a list may have from now on.
+func (s *store) reserve(ctx context.Context, n int64) error {
+	return s.inTx(ctx, func(tx *sql.Tx) error {
+		_, err := tx.ExecContext(ctx, "INSERT INTO list_number(one, reserved) VALUES(1, ?) ON CONFLICT(one) DO UPDATE SET reserved = max(reserved, excluded.reserved)", n)
+		return err
+	})
+}
+
+func (s *store) reserved(ctx context.Context) (n int64, err error) {
+	err = s.db.QueryRowContext(ctx, "SELECT coalesce(max(reserved), 0) FROM list_number").Scan(&n)
+	return n, err
 }
 
 // inTx runs f in one durable transaction.

@@ -78,6 +78,5 @@ func (i *Issuer) grantDeclared(ctx context.Context, a *Agent, d *Device, x *atte
 	if err != nil {
 		return nil, err
 	}
-	return &attest.Grant{Certificates: []attest.Issued{{Purpose: attest.PurposeAction, Chain: [][]byte{c.Raw}}},
-		RenewAfter: i.now().Add(i.config.lifetime * 2 / 3).UTC().Truncate(time.Second)}, nil
+	return &attest.Grant{Certificates: []attest.Issued{{Purpose: attest.PurposeAction, Chain: [][]byte{c.Raw}}}, RenewAfter: i.renewal(c)}, nil
 }

@@ -182,7 +182,7 @@ func (s *Signer) renew(ctx context.Context, a *Agent) {
 		s.log.InfoContext(ctx, "certificate renewed", "agent", a.name, "not_after", chain[0].NotAfter)
 		s.checkpoint(ctx, a)
 		retry = firstRetry
-		wait = jittered(time.Until(again))
+		wait = max(jittered(time.Until(again)), firstRetry) // this host's clock may be ahead of the issuer's
 	}
 }
 
