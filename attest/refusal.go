@@ -25,7 +25,7 @@ func refuse(check, format string, a ...any) error {
 type Check struct{ ID, What string }
 
 // Checks lists every check by its stable name, in the order of
-// docs/attestation.md. Those that need memory (E9, A3, Q3, C3, G1, G3, G6, G10, source_network, source_region) are
+// docs/attestation.md. Those that need memory (E9, A3, K8, Q3, C3, G1, G3, G6, G10, source_network, source_region) are
 // held by package issuer.
 var Checks = []Check{
 	{"E1", "the EK certificate is the one certificate at the start of what NV holds; only padding follows"},
@@ -48,6 +48,7 @@ var Checks = []Check{
 	{"K4", "the certification carries this exchange, this TLS channel and this certificate request"},
 	{"K5", "the certification was signed by the AK in its place in the endorsement hierarchy"},
 	{"K7", "the key stands below the storage root key of the owner hierarchy"},
+	{"K8", "the key has no certificate that was revoked since the key was compromised"},
 	{"Q1", "the quote is signed by the AK on record with its fixed scheme"},
 	{"Q2", "the quote is a TPM's and of the type quote"},
 	{"Q3", "the quote carries this exchange, this TLS channel, and every key with its request"},

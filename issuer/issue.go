@@ -101,6 +101,9 @@ func (i *Issuer) issue(ctx context.Context, o order) (*x509.Certificate, error) 
 			if err := o.agent.still(ctx, tx); err != nil {
 				return err
 			}
+			if err := uncompromised(ctx, tx, o.key); err != nil {
+				return err
+			}
 		}
 		if _, err := tx.ExecContext(ctx, "INSERT INTO certificate(serial, profile, agent, der, issued, not_after) VALUES(?, ?, ?, ?, ?, ?)",
 			hex.EncodeToString(serial), o.profile, name, der, now.Unix(), t.NotAfter.Unix()); err != nil {

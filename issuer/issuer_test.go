@@ -675,3 +675,57 @@ func TestKills(t *testing.T) {
 		t.Errorf("%+v", l)
 	}
 }
+
+// TestK8: a key that was compromised is certified no more, for no agent; one whose
+// certificate was revoked for another reason is.
+func TestK8(t *testing.T) {
+	o := newOffice(t)
+	revoke := func(reason string) {
+		t.Helper()
+		g, err := o.enrol(t, o.dev, "a")
+		o.must(t, err)
+		// openssl shows serial numbers in capitals.
+		o.must(t, o.admin.Revoke(t.Context(), fmt.Sprintf("%X", leaf(t, g, 0).SerialNumber), reason))
+	}
+	revoke("superseded")
+	revoke("keyCompromise")
+	o.must(t, o.admin.AddAgent(t.Context(), issuer.Agent{Name: "b", Device: "host1", Scope: scopeJSON}))
+	for _, agent := range []string{"a", "b"} {
+		if _, err := o.enrol(t, o.dev, agent); err == nil || !strings.Contains(err.Error(), "K8") {
+			t.Errorf("agent %s: %v, want K8", agent, err)
+		}
+	}
+	delete(o.dev.Keys, "action")
+	if _, err := o.enrol(t, o.dev, "a"); err != nil {
+		t.Errorf("with another key: %v", err)
+	}
+}
+
+// TestRevokedOnce: the first reason stays, and the decision log says no other
+// one, but for a compromise that is learned of later.
+func TestRevokedOnce(t *testing.T) {
+	o := newOffice(t)
+	g, err := o.enrol(t, o.dev, "a")
+	o.must(t, err)
+	serial := fmt.Sprintf("%x", leaf(t, g, 0).SerialNumber)
+	o.must(t, o.admin.Revoke(t.Context(), serial, "superseded"))
+	if err := o.admin.Revoke(t.Context(), serial, "unspecified"); err == nil || !strings.Contains(err.Error(), "superseded") {
+		t.Errorf("a second revocation: %v", err)
+	}
+	last := func() issuer.Event {
+		events, err := o.admin.Events(t.Context(), 0)
+		o.must(t, err)
+		return events[len(events)-1]
+	}
+	if x := last(); x.Kind != "revoked" || !strings.HasSuffix(x.Detail, "superseded") {
+		t.Errorf("the log ends with %+v", x)
+	}
+	o.must(t, o.admin.Revoke(t.Context(), serial, "keyCompromise"))
+	if x := last(); !strings.HasSuffix(x.Detail, "keyCompromise") {
+		t.Errorf("the log ends with %+v", x)
+	}
+	crl, _ := o.lists(t)
+	if len(crl.RevokedCertificateEntries) != 1 || crl.RevokedCertificateEntries[0].ReasonCode != 1 {
+		t.Errorf("the CRL has %+v", crl.RevokedCertificateEntries)
+	}
+}

@@ -14,6 +14,7 @@ import (
 	"errors"
 	"fmt"
 	"math/big"
+	"strings"
 	"sync"
 	"time"
 
@@ -56,26 +57,65 @@ func (s *store) certificates(ctx context.Context, agent string) ([]*Certificate,
 }
 
 func (s *store) certificate(ctx context.Context, serial string) (*Certificate, error) {
-	c, err := scanCertificate(s.db.QueryRowContext(ctx, "SELECT "+certificateColumns+" FROM certificate WHERE serial = ?", serial))
+	return certificateIn(ctx, s.db, serial)
+}
+
+// uncompromised applies K8 to a key.
+func uncompromised(ctx context.Context, tx *sql.Tx, key crypto.PublicKey) error {
+	spki, err := x509.MarshalPKIXPublicKey(key)
+	if err != nil {
+		return err
+	}
+	rows, err := tx.QueryContext(ctx, "SELECT der FROM certificate WHERE revoked IS NOT NULL AND reason = ?", keyCompromise)
+	if err != nil {
+		return err
+	}
+	defer rows.Close()
+	for rows.Next() {
+		var der []byte
+		if err := rows.Scan(&der); err != nil {
+			return err
+		}
+		c, err := x509.ParseCertificate(der)
+		if err != nil {
+			return err
+		}
+		if bytes.Equal(c.RawSubjectPublicKeyInfo, spki) {
+			return refuse("K8", "the certificate %x of this key was revoked since the key was compromised: another key is needed", c.SerialNumber)
+		}
+	}
+	return rows.Err()
+}
+
+func certificateIn(ctx context.Context, q queryer, serial string) (*Certificate, error) {
+	c, err := scanCertificate(q.QueryRowContext(ctx, "SELECT "+certificateColumns+" FROM certificate WHERE serial = ?", serial))
 	if errors.Is(err, sql.ErrNoRows) {
 		return nil, fmt.Errorf("certificate %.80q: %w", serial, ErrNotFound)
 	}
 	return c, err
 }
 
-// revoke revokes a certificate. One that is revoked stays so, with its first reason.
+// keyCompromise is the reason for which a key is not certified again (K8).
+const keyCompromise = 1
+
+// revoke revokes a certificate. One that is revoked stays so, with its first
+// reason, unless its key turns out to be compromised.
 func (i *Issuer) revoke(ctx context.Context, serial, reason string) error {
 	code, ok := Reasons[reason]
 	if !ok {
 		return fmt.Errorf("reason %.32q: %w: one of RFC 5280 is expected, such as keyCompromise", reason, ErrInvalid)
 	}
 	now := i.now()
-	c, err := i.store.certificate(ctx, serial)
-	if err != nil {
-		return err
-	}
-	err = i.store.inTx(ctx, func(tx *sql.Tx) error {
-		if _, err := tx.ExecContext(ctx, "UPDATE certificate SET revoked = ?, reason = ? WHERE serial = ? AND revoked IS NULL", now.Unix(), code, serial); err != nil {
+	serial = strings.ToLower(serial) // openssl shows capitals
+	err := i.store.inTx(ctx, func(tx *sql.Tx) error {
+		c, err := certificateIn(ctx, tx, serial)
+		if err != nil {
+			return err
+		}
+		if !c.Revoked.IsZero() && (code != keyCompromise || Reasons[c.Reason] == keyCompromise) {
+			return fmt.Errorf("certificate %s: %w: it was revoked at %s: %s", serial, ErrInvalid, c.Revoked.Format(time.RFC3339), c.Reason)
+		}
+		if _, err := tx.ExecContext(ctx, "UPDATE certificate SET revoked = coalesce(revoked, ?), reason = ? WHERE serial = ?", now.Unix(), code, serial); err != nil {
 			return err
 		}
 		return event(ctx, tx, Event{Time: now, Kind: "revoked", Agent: c.Agent, Detail: fmt.Sprintf("%s certificate %s: %s", c.Profile, serial, reason)})
