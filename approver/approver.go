@@ -239,7 +239,7 @@ func (a *Approver) killed(ctx context.Context, cred *credential, st *scope.State
 	if errors.Is(err, &verify.Refusal{Reason: verify.ReasonKilled}) {
 		return refuse(scope.RuleKill, "the issuer's list: %v", err)
 	} else if err != nil {
-		return refuse(RuleKillState, "%v", err)
+		return &scope.Refusal{Rule: RuleKillState, Message: "this approver cannot tell now whether the agent was stopped; its log says why", Cause: err}
 	}
 	return nil
 }
@@ -397,7 +397,7 @@ func (a *Approver) current(ctx context.Context, client *x509.Certificate, cred *
 		if err := a.revocation.Check(ctx, c, cred.issuer, now); errors.Is(err, &verify.Refusal{Reason: verify.ReasonRevoked}) {
 			return refuse(RuleRevoked, "%v", err)
 		} else if err != nil {
-			return refuse(RuleRevocation, "%v", err)
+			return &scope.Refusal{Rule: RuleRevocation, Message: "this approver cannot tell now whether the certificate was revoked; its log says why", Cause: err}
 		}
 	}
 	if age := now.Sub(cred.action.Attestation.Time); age > a.config.maxAttestation || age < -time.Minute {

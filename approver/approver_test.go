@@ -462,6 +462,18 @@ func TestCertificates(t *testing.T) {
 	}
 }
 
+// TestInsideStaysInside: why revocation is not known is the refusal's cause, and no
+// part of what the signer is told.
+func TestInsideStaysInside(t *testing.T) {
+	d := newDesk(t)
+	b := d.next(t, "1", nil)
+	d.unknown = errors.New("planted")
+	r, ok := errors.AsType[*scope.Refusal](d.decide(d.request(b)))
+	if !ok || r.Rule != approver.RuleRevocation || !errors.Is(r, d.unknown) || strings.Contains(r.Error(), "planted") {
+		t.Errorf("got %v", r)
+	}
+}
+
 // TestRenewal: entries under an earlier certificate, which this approver has
 // not seen, count and are not authorized.
 func TestRenewal(t *testing.T) {

@@ -170,7 +170,11 @@ func (a *Approver) fail(w http.ResponseWriter, r *http.Request, err error) {
 	}
 	a.metrics.refused.WithLabelValues(string(refusal.Rule)).Inc()
 	if refusal.Rule != RuleGap { // that one is how a signer asks what is missing
-		a.log.WarnContext(r.Context(), "refused", "agent", who, "rule", refusal.Rule, "detail", refusal.Message)
+		attributes := []any{"agent", who, "rule", refusal.Rule, "detail", refusal.Message}
+		if refusal.Cause != nil {
+			attributes = append(attributes, "cause", refusal.Cause)
+		}
+		a.log.WarnContext(r.Context(), "refused", attributes...)
 	}
 	problem.Write(w, problem.Problem{Status: status, Title: "authorization refused", Detail: refusal.Message, Rule: string(refusal.Rule), Field: refusal.Field, Value: refusal.Value, Limit: refusal.Limit, Excess: refusal.Excess})
 }

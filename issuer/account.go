@@ -134,8 +134,10 @@ func (s *store) resetAudit(ctx context.Context, id string, now time.Time) error 
 		if err != nil {
 			return err
 		}
-		if n, err := res.RowsAffected(); err != nil || n != 1 {
-			return fmt.Errorf("device %.80q: %w", id, errors.Join(ErrNotFound, err))
+		if n, err := res.RowsAffected(); err != nil {
+			return err
+		} else if n != 1 {
+			return fmt.Errorf("device %.80q: %w", id, ErrNotFound)
 		}
 		return event(ctx, tx, Event{Time: now, Kind: "changed", Device: id, Detail: "what its TPM testified of its signatures is forgotten: the next testimony is held against nothing"})
 	})

@@ -48,6 +48,7 @@ var selection = []attest.PCRSelection{{Bank: "sha256", Indexes: []int{0, 2, 4, 7
 
 // office is a running issuer with a device and an agent in its inventory.
 type office struct {
+	log       *lines
 	dir       string
 	issuer    *issuer.Issuer
 	again     func() (*issuer.Issuer, error) // opens it once more
@@ -89,7 +90,8 @@ func newOffice(t testing.TB) *office {
 	if err := os.WriteFile(filepath.Join(o.dir, regionsFile), []byte("192.0.2.0/24,FR,,,\n"), 0o600); err != nil {
 		t.Fatal(err)
 	}
-	log := slog.New(slog.DiscardHandler)
+	o.log = new(lines)
+	log := slog.New(slog.NewTextHandler(o.log, nil))
 	if err := issuer.Init(t.Context(), o.dir, []byte(yaml), "Test CA", ca, &o.policy.PublicKey, &admin.PublicKey, log); err != nil {
 		t.Fatal(err)
 	}

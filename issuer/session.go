@@ -292,8 +292,10 @@ func (i *Issuer) appraised(ctx context.Context, x *session, ev *attest.Evidence,
 		}
 		_, err = tx.ExecContext(ctx, "UPDATE device SET ak = ?, srk = ?, clock_ms = ?, resets = ?, restarts = ?, epoch = max(epoch, ?), audit = coalesce(?, audit), testimony = coalesce(?, testimony) WHERE id = ?",
 			x.hello.AKPublic, x.hello.SRKPublic, int64(clock.Milliseconds), clock.Resets, clock.Restarts, int64(r.Epoch()), audit, testimony, x.device.ID)
-		if err := constraint(err, "attestation key"); err != nil {
+		if err := constraint(err, "attestation key"); errors.Is(err, ErrExists) {
 			return refuse("E9", "%v", err)
+		} else if err != nil {
+			return err
 		}
 		if lost := unaccounted(books); lost != "" {
 			if err := event(ctx, tx, Event{Time: r.Time(), Kind: "unaccounted", Agent: x.agent, Device: x.device.ID, Check: "C3", Detail: lost, Evidence: digest}); err != nil {

@@ -24,6 +24,9 @@ func (i *Issuer) placed(a *Agent, from netip.Addr) error {
 		return err
 	}
 	if r, ok := errors.AsType[*scope.Refusal](source.Check(s, from, i.regions)); ok {
+		if r.Cause != nil {
+			i.log.Error("the region data cannot be used", "error", r.Cause)
+		}
 		return refuse(string(r.Rule), "agent %s: %s", a.Name, r.Message)
 	}
 	return nil

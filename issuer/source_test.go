@@ -83,7 +83,10 @@ func TestSourceAtTheEnd(t *testing.T) {
 	o.must(t, o.admin.SetStatus(t.Context(), "a", issuer.Retired))
 	o.must(t, o.admin.AddAgent(t.Context(), issuer.Agent{Name: "b", Device: "host1", Scope: strings.Replace(scopeJSON, `{`, `{"source_regions":["FR"],`, 1)}))
 	_, err := o.dev.Enrol(t.Context(), "https://"+o.addresses.Agent, o.roots, "b", func(*attest.Evidence) { o.must(t, os.Remove(regions)) })
-	if p, ok := errors.AsType[*problem.Problem](err); !ok || p.Check != "source_region" {
+	if p, ok := errors.AsType[*problem.Problem](err); !ok || p.Check != "source_region" || strings.Contains(p.Detail, "no such file") {
 		t.Errorf("got %v, want source_region", err)
+	}
+	if !strings.Contains(o.log.String(), "no such file") {
+		t.Errorf("the log does not say why: %s", o.log)
 	}
 }

@@ -409,8 +409,10 @@ func (s *store) removeDevice(ctx context.Context, id string, now time.Time) erro
 		if err != nil {
 			return err
 		}
-		if n, err := res.RowsAffected(); err != nil || n != 1 {
-			return fmt.Errorf("device %s: %w", id, errors.Join(ErrNotFound, err))
+		if n, err := res.RowsAffected(); err != nil {
+			return err
+		} else if n != 1 {
+			return fmt.Errorf("device %s: %w", id, ErrNotFound)
 		}
 		return event(ctx, tx, Event{Time: now, Kind: "changed", Device: id, Detail: "device removed"})
 	})
@@ -567,8 +569,10 @@ func (s *store) retirePolicy(ctx context.Context, name string, now time.Time) er
 		if err != nil {
 			return err
 		}
-		if n, err := res.RowsAffected(); err != nil || n != 1 {
-			return fmt.Errorf("policy %.80q: %w", name, errors.Join(ErrNotFound, err))
+		if n, err := res.RowsAffected(); err != nil {
+			return err
+		} else if n != 1 {
+			return fmt.Errorf("policy %.80q: %w", name, ErrNotFound)
 		}
 		return event(ctx, tx, Event{Time: now, Kind: "changed", Detail: "policy " + name + " retired"})
 	})

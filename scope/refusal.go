@@ -73,7 +73,14 @@ type Refusal struct {
 	Block Block  `json:"block,omitempty"` // of any limit: soft if a second person can lift it for one order
 
 	FreeAt time.Time `json:"free_at,omitzero"` // before then it is refused again; zero: no time frees it
+
+	// Cause is what went wrong inside whoever refuses, such as an error of a device. It is
+	// for its log alone: neither Error nor JSON has it.
+	Cause error `json:"-"`
 }
+
+// Unwrap returns the cause.
+func (r *Refusal) Unwrap() error { return r.Cause }
 
 // Error returns the rule and the sentence in one line.
 func (r *Refusal) Error() string {

@@ -241,15 +241,15 @@ func (a *Agent) sign(ctx context.Context, cred *credential, receipt *audit.Recei
 	if r, ok := errors.AsType[*client.Refused](err); ok {
 		a.logger.Warn("an approver refuses", "agent", a.name, "counter", receipt.Counter(), "error", err)
 		p := r.Problem
-		return "", &scope.Refusal{Rule: RuleApprover, Field: p.Field, Value: p.Value, Limit: p.Limit, Excess: p.Excess, Message: "recorded, but not signed: " + r.Error()}
+		return "", &scope.Refusal{Rule: RuleApprover, Field: p.Field, Value: p.Value, Limit: p.Limit, Excess: p.Excess, Message: "recorded, but not signed: an approver refuses: " + p.Error()}
 	}
 	if errors.Is(err, client.ErrUnreachable) {
 		a.logger.Error("no approver gave an authorization", "agent", a.name, "counter", receipt.Counter(), "error", err)
-		return "", &scope.Refusal{Rule: RuleNoApprover, Message: "recorded, but not signed: " + err.Error()}
+		return "", &scope.Refusal{Rule: RuleNoApprover, Message: "recorded, but not signed: no approver gave an authorization; the signer's log says why. Send the same action again", Cause: err}
 	}
 	if err != nil {
 		a.logger.Error("the device did not sign", "agent", a.name, "error", err)
-		return "", &scope.Refusal{Rule: RuleDevice, Message: "recorded, but the device did not sign: " + err.Error()}
+		return "", &scope.Refusal{Rule: RuleDevice, Message: "recorded, but the device did not sign; the signer's log says why. Send the same action again", Cause: err}
 	}
 	if _, done := cred.key.(interface{ VerifiesSignatures() }); done {
 		// With the certificate's key: newCredential has compared them.

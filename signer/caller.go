@@ -2,6 +2,7 @@ package signer
 
 import (
 	"crypto/sha256"
+	"errors"
 	"fmt"
 	"io"
 	"os"
@@ -33,10 +34,12 @@ func (p *peer) describe(digests *digestCache, wantUnit bool) (*process, error) {
 	c := &process{UID: p.UID, PID: p.PID}
 	var err error
 	if c.Executable, err = digests.of(fmt.Sprintf("/proc/%d/exe", p.PID)); err != nil {
-		return nil, fmt.Errorf("identifying the caller: %w", err)
+		return nil, &inside{"its executable could not be read", err}
 	}
 	if wantUnit {
-		if c.Unit, err = p.Process.Unit(); err != nil {
+		if c.Unit, err = p.Process.Unit(); err != nil && !errors.Is(err, caller.ErrGone) {
+			return nil, &inside{"its unit could not be read", err}
+		} else if err != nil {
 			return nil, err
 		}
 	}

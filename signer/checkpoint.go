@@ -54,7 +54,7 @@ func (a *Agent) Checkpoint(ctx context.Context) (*Checkpoint, error) {
 	}
 	if err != nil {
 		a.logger.ErrorContext(ctx, "the device did not sign the record's head", "agent", a.name, "error", err)
-		return nil, &scope.Refusal{Rule: RuleDevice, Message: "the device did not sign the record's head: " + err.Error()}
+		return nil, &scope.Refusal{Rule: RuleDevice, Message: "the device did not sign the record's head; the signer's log says why", Cause: err}
 	}
 	note, err := a.log.KeepSeal(ctx, seal, leaf.PublicKey, signature)
 	if err != nil {

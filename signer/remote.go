@@ -239,7 +239,7 @@ func (r *remote) certificateOf(c *remoteConn, chain []*x509.Certificate) (spiffe
 	}
 	_, generation, err := r.bundle.current()
 	if err != nil {
-		return spiffeid.ID{}, err
+		return spiffeid.ID{}, &inside{"the trust domain's bundle cannot be used", err}
 	}
 	c.mu.Lock()
 	defer c.mu.Unlock()
@@ -264,7 +264,7 @@ func (r *remote) tokenOf(token string) (spiffeid.ID, error) {
 	}
 	b, _, err := r.bundle.current()
 	if err != nil {
-		return spiffeid.ID{}, err
+		return spiffeid.ID{}, &inside{"the trust domain's bundle cannot be used", err}
 	}
 	svid, err := jwtsvid.ParseAndValidate(token, b, []string{r.config.Audience})
 	if err != nil {

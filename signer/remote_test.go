@@ -312,10 +312,12 @@ func TestRemoteLongConnection(t *testing.T) {
 	if err := os.Remove(filepath.Join(d.dir, "bundle.json")); err != nil {
 		t.Fatal(err)
 	}
-	if _, err := rotated.SignJSON(t.Context(), order(client.NewID())); err == nil {
-		t.Error("without a bundle a caller was accepted")
+	if _, err := rotated.SignJSON(t.Context(), order(client.NewID())); err == nil || strings.Contains(err.Error(), "bundle.json") {
+		t.Errorf("without a bundle: %v", err)
 	}
-	_ = desk
+	if !strings.Contains(desk.log.String(), "bundle.json") {
+		t.Errorf("the log does not say why: %s", desk.log)
+	}
 }
 
 func TestRemoteLimits(t *testing.T) {

@@ -233,7 +233,8 @@ func (s *Signer) handler() http.Handler {
 	mux.HandleFunc("GET /healthz", func(w http.ResponseWriter, _ *http.Request) {
 		for _, a := range s.agents {
 			if err := a.log.Err(); err != nil {
-				problem.Write(w, problem.Problem{Status: http.StatusServiceUnavailable, Detail: err.Error()})
+				s.log.Error("not healthy", "agent", a.name, "error", err)
+				problem.Write(w, problem.Problem{Status: http.StatusServiceUnavailable, Detail: fmt.Sprintf("agent %s: %v; the signer's log says why", a.name, audit.ErrFailed)})
 				return
 			}
 		}
@@ -257,7 +258,7 @@ func (s *Signer) as(f func(http.ResponseWriter, *http.Request, *Agent)) http.Han
 				w.Header().Set("Retry-After", "1")
 				problem.Write(w, problem.Problem{Status: http.StatusTooManyRequests, Detail: err.Error()})
 			case err != nil:
-				s.unknown(w, r, err.Error(), nil)
+				s.unidentified(w, r, err)
 			default:
 				f(w, r, s.agents[name])
 			}
@@ -299,7 +300,7 @@ func (s *Signer) processOf(w http.ResponseWriter, r *http.Request) *process {
 	}
 	who, err := p.describe(&s.digests, s.units)
 	if err != nil {
-		s.unknown(w, r, err.Error(), nil)
+		s.unidentified(w, r, err)
 		return nil
 	}
 	return who
@@ -350,7 +351,7 @@ func (s *Signer) asStarted(w http.ResponseWriter, r *http.Request, p *peer, f fu
 		return
 	}
 	if err != nil {
-		s.unknown(w, r, err.Error(), nil)
+		s.unidentified(w, r, err)
 		return
 	}
 	f(w, r.WithContext(context.WithValue(r.Context(), runKey{}, &p.bound.run)), a)
@@ -358,6 +359,26 @@ func (s *Signer) asStarted(w http.ResponseWriter, r *http.Request, p *peer, f fu
 
 // runKey is for the *scope.Run of a process that was started under confinement.
 type runKey struct{}
+
+// unidentified refuses a caller that err says why of.
+func (s *Signer) unidentified(w http.ResponseWriter, r *http.Request, err error) {
+	if x, ok := errors.AsType[*inside](err); ok {
+		s.log.ErrorContext(r.Context(), "a caller could not be identified", "error", x.cause)
+	}
+	s.unknown(w, r, err.Error(), nil)
+}
+
+// inside is what goes wrong with the host while a caller is identified: the caller is
+// told what, and the log why.
+type inside struct {
+	what  string
+	cause error
+}
+
+func (x *inside) Error() string { return x.what + "; the signer's log says why" }
+
+// Unwrap returns the cause.
+func (x *inside) Unwrap() error { return x.cause }
 
 func (s *Signer) unknown(w http.ResponseWriter, r *http.Request, why string, who *process) {
 	s.metrics.callers.Inc()

@@ -136,6 +136,7 @@ type desk struct {
 	ca     *testca.CA
 	agents map[string]*testca.Agent
 	signer *signer.Signer
+	log    *lines
 	end    func() // stops it; done anyway when the test ends
 }
 
@@ -207,7 +208,8 @@ func startIn(t testing.TB, agents string, renew signer.Renewer, known map[string
 		}
 		credentials[a.Name] = signer.Credentials{Key: d.agents[a.Name].Key, Chain: d.agents[a.Name].Chain}
 	}
-	s, err := signer.Open(t.Context(), config, credentials, renew, slog.New(slog.DiscardHandler))
+	d.log = new(lines)
+	s, err := signer.Open(t.Context(), config, credentials, renew, slog.New(slog.NewTextHandler(d.log, nil)))
 	if err != nil {
 		t.Fatal(err)
 	}

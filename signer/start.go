@@ -308,12 +308,14 @@ func (s *Signer) bind(ctx context.Context, b *binding, p *peer, who *process, re
 // or not as it was; nil if it is.
 func (b *binding) check(p *peer) error {
 	st, err := p.status()
-	if err != nil {
+	if err != nil && !errors.Is(err, caller.ErrGone) {
+		return &inside{"its state could not be read", err}
+	} else if err != nil {
 		return err
 	}
 	var runs unix.Stat_t
 	if err := unix.Stat(fmt.Sprintf("/proc/%d/exe", p.PID), &runs); err != nil {
-		return err
+		return &inside{"its executable could not be read", err}
 	}
 	now := idOf(&runs)
 	switch {

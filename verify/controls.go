@@ -137,7 +137,11 @@ func (r *Receiver) policy(ctx context.Context, cred *credential, st *scope.State
 	sum := *st.Decision.Policy
 	n, err := r.narrow(ctx, cred, sum)
 	if err != nil {
-		return refuse(ReasonPolicy, "the policy %s: %v", base64.RawURLEncoding.EncodeToString(sum[:]), err)
+		name := base64.RawURLEncoding.EncodeToString(sum[:])
+		if unknown, ok := errors.AsType[*unknownPolicy](err); ok {
+			return &Refusal{Reason: ReasonPolicy, Detail: fmt.Sprintf("the policy %s is not known here; the action is not used up: send it again when the venue has the policy", name), Cause: unknown.cause}
+		}
+		return refuse(ReasonPolicy, "the policy %s: %v", name, err)
 	}
 	if refusal := n.policy.Holds(st.Agent, st.Time.Time); refusal != nil {
 		return refuse(ReasonPolicy, "%v", refusal)
@@ -147,6 +151,11 @@ func (r *Receiver) policy(ctx context.Context, cred *credential, st *scope.State
 	}
 	return nil
 }
+
+// unknownPolicy is that the source of policies gave none.
+type unknownPolicy struct{ cause error }
+
+func (u *unknownPolicy) Error() string { return "it is not known: " + u.cause.Error() }
 
 func (r *Receiver) narrow(ctx context.Context, cred *credential, sum scope.Digest) (*narrowing, error) {
 	key := [2]scope.Digest{sum, cred.scope.Hash()}
@@ -161,7 +170,7 @@ func (r *Receiver) narrow(ctx context.Context, cred *credential, sum scope.Diges
 	}
 	text, err := r.c.Policies.Policy(ctx, sum)
 	if err != nil {
-		return nil, fmt.Errorf("it is not known: %w", err)
+		return nil, &unknownPolicy{err}
 	}
 	n = &narrowing{}
 	if n.policy, err = scope.ParsePolicy(text); err != nil {
@@ -257,5 +266,5 @@ func (r *Receiver) killed(ctx context.Context, cred *credential, st *scope.State
 	if refusal, ok := errors.AsType[*Refusal](err); ok {
 		return refusal
 	}
-	return refuse(ReasonKillState, "%v", err)
+	return own(ReasonKillState, err)
 }

@@ -32,36 +32,37 @@ func (r *Receiver) Middleware(maxBody int64, next http.Handler) http.Handler {
 	return http.HandlerFunc(func(w http.ResponseWriter, req *http.Request) {
 		agrees, err := r.match(req)
 		if err != nil {
-			fail(w, err)
+			r.fail(w, req, err)
 			return
 		}
 		values := req.Header.Values(Header)
 		if len(values) != 1 {
-			fail(w, refuse(ReasonForm, "%d headers %s, exactly one is expected", len(values), Header))
+			r.fail(w, req, refuse(ReasonForm, "%d headers %s, exactly one is expected", len(values), Header))
 			return
 		}
 		from, err := r.address(req)
 		if err != nil {
-			fail(w, refuse(ReasonSourceNetwork, "%v", err))
+			r.fail(w, req, own(ReasonSourceNetwork, err))
 			return
 		}
 		body, err := io.ReadAll(http.MaxBytesReader(w, req.Body, maxBody))
 		if err != nil {
 			if _, ok := errors.AsType[*http.MaxBytesError](err); ok {
+				r.refused(req, refuse(ReasonBody, "the body is too large"))
 				problem.Write(w, problem.Problem{Status: http.StatusRequestEntityTooLarge, Reason: string(ReasonBody), Detail: "the body is too large"})
 				return
 			}
-			fail(w, refuse(ReasonBody, "the body could not be read"))
+			r.fail(w, req, &Refusal{Reason: ReasonBody, Detail: "the body could not be read", Cause: err})
 			return
 		}
 		agent, err := r.checkRequest(req, body)
 		if err != nil {
-			fail(w, err)
+			r.fail(w, req, err)
 			return
 		}
 		v, err := r.VerifyArrival(req.Context(), []byte(values[0]), Arrival{Body: &Body{Format: scope.NativeHTTPBody, SHA256: sha256.Sum256(body)}, From: from, Agent: agent, Agrees: agrees(body)})
 		if err != nil {
-			fail(w, err)
+			r.fail(w, req, err)
 			return
 		}
 		req = req.WithContext(context.WithValue(req.Context(), verifiedKey{}, v))
@@ -100,14 +101,22 @@ func (r *Receiver) address(req *http.Request) (netip.Addr, error) {
 	return a, err
 }
 
-func fail(w http.ResponseWriter, err error) {
-	r, ok := errors.AsType[*Refusal](err)
+func (r *Receiver) refused(req *http.Request, err error) {
+	if r.c.Refused != nil {
+		r.c.Refused(req, err)
+	}
+}
+
+// fail answers with what may be said of err.
+func (r *Receiver) fail(w http.ResponseWriter, req *http.Request, err error) {
+	r.refused(req, err)
+	refusal, ok := errors.AsType[*Refusal](err)
 	if !ok {
 		problem.Write(w, problem.Problem{Status: http.StatusInternalServerError})
 		return
 	}
 	status := http.StatusForbidden
-	switch r.Reason {
+	switch refusal.Reason {
 	case ReasonRoute:
 		status = http.StatusNotFound
 	case ReasonForm, ReasonHeader, ReasonRequest:
@@ -119,5 +128,5 @@ func fail(w http.ResponseWriter, err error) {
 	case ReasonReplay, ReasonCounter:
 		status = http.StatusConflict
 	}
-	problem.Write(w, problem.Problem{Status: status, Title: "action refused", Reason: string(r.Reason), Detail: r.Detail})
+	problem.Write(w, problem.Problem{Status: status, Title: "action refused", Reason: string(refusal.Reason), Detail: refusal.Detail})
 }

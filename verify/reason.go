@@ -76,10 +76,14 @@ var Reasons = []struct {
 	{ReasonRequestSignature, 18, "the request's own signature is missing where it is required, does not verify, or is another agent's than the action"},
 }
 
-// Refusal says why a receiver refuses. Detail is for a person; Reason decides.
+// Refusal says why a receiver refuses. Reason decides; Detail is a sentence for
+// whoever sent what is refused, and Error is made of these two alone. Cause is what went
+// wrong inside, such as an error of a database: it is for the receiver's own log, and
+// never for an answer.
 type Refusal struct {
 	Reason Reason `json:"reason"`
 	Detail string `json:"detail"`
+	Cause  error  `json:"-"`
 }
 
 func (r *Refusal) Error() string { return string(r.Reason) + ": " + r.Detail }
@@ -90,6 +94,23 @@ func (r *Refusal) Is(target error) bool {
 	return ok && t.Reason == r.Reason
 }
 
+// Unwrap returns the cause.
+func (r *Refusal) Unwrap() error { return r.Cause }
+
 func refuse(reason Reason, format string, a ...any) error {
-	return &Refusal{reason, fmt.Sprintf(format, a...)}
+	return &Refusal{Reason: reason, Detail: fmt.Sprintf(format, a...)}
+}
+
+// own says of a reason that lies with the receiver what it means for who sent the
+// action; cause is for the log.
+func own(reason Reason, cause error) error {
+	return &Refusal{Reason: reason, Detail: whatToDo[reason], Cause: cause}
+}
+
+// whatToDo is what a client can do about a receiver's own trouble.
+var whatToDo = map[Reason]string{
+	ReasonRevocation:    "this receiver cannot tell now whether the certificate was revoked; the action is not used up: send it again before it expires",
+	ReasonKillState:     "this receiver cannot tell now whether the agent was stopped; the action is not used up: send it again before it expires",
+	ReasonStore:         "this receiver cannot keep the action now, so it did not accept it: send it again before it expires, and if it is refused as seen before, sign another",
+	ReasonSourceNetwork: "the proxy before this receiver did not say in the one form that is expected where the request comes from: tell the venue",
 }

@@ -15,6 +15,7 @@ import (
 	"encoding/hex"
 	"errors"
 	"fmt"
+	"net/http"
 	"net/netip"
 	"slices"
 	"sync"
@@ -57,7 +58,10 @@ type Config struct {
 	// RequestSignature is what Middleware wants of requests' own signatures; without it
 	// they are not looked at.
 	RequestSignature *RequestSignature
-	Now              func() time.Time // time.Now by default
+	// Refused, if not nil, is told of each request that Middleware refuses: a *[Refusal] with
+	// its cause, which the client does not see, or an error that the client is told nothing of.
+	Refused func(req *http.Request, err error)
+	Now     func() time.Time // time.Now by default
 }
 
 // Receiver verifies signed actions. It is safe for concurrent use.
@@ -143,8 +147,8 @@ type Arrival struct {
 	// another agent is refused. Empty: not known.
 	Agent string
 	// Agrees says why the message that arrived says something else than the action
-	// (check 10); nil if it does not. It gets an action whose signature verified. A nil
-	// Agrees leaves that check to the caller.
+	// (check 10); nil if it does not. It gets an action whose signature verified, and what it
+	// says is told to who sent the message. A nil Agrees leaves that check to the caller.
 	Agrees func(*scope.Action) error
 }
 
@@ -180,7 +184,7 @@ func (r *Receiver) VerifyArrival(ctx context.Context, compact []byte, arrived Ar
 		if refusal, ok := errors.AsType[*Refusal](err); ok {
 			return nil, refusal
 		}
-		return nil, refuse(ReasonRevocation, "%v", err)
+		return nil, own(ReasonRevocation, err)
 	}
 
 	// 5. Signature over the exact bytes; only then are they read.
@@ -249,7 +253,7 @@ func (r *Receiver) VerifyArrival(ctx context.Context, compact []byte, arrived Ar
 		if refusal, ok := errors.AsType[*Refusal](err); ok {
 			return nil, refusal
 		}
-		return nil, refuse(ReasonStore, "%v", err)
+		return nil, own(ReasonStore, err)
 	}
 	return &Verified{Agent: cred.action.Agent, Certificate: crt, Scope: cred.scope, Statement: st, Action: action}, nil
 }
@@ -380,7 +384,7 @@ func (r *Receiver) comesFrom(s *scope.Scope, from netip.Addr) error {
 		if refusal.Rule == scope.RuleSourceRegion {
 			reason = ReasonSourceRegion
 		}
-		return refuse(reason, "%s", refusal.Message)
+		return &Refusal{Reason: reason, Detail: refusal.Message, Cause: refusal.Cause}
 	}
 	return err
 }

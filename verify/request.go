@@ -15,7 +15,8 @@ type RequestSignature struct {
 	// Required refuses a request without one. One that is there must verify in any case.
 	Required bool
 	// Key returns the key that signs an agent's requests, by its JWK thumbprint (RFC
-	// 7638), and the agent's SPIFFE ID. It must trust that the key is the agent's. See PeerKey.
+	// 7638), and the agent's SPIFFE ID. It must trust that the key is the agent's. Of an error
+	// the client is told what a *[Refusal] says, and nothing of any other. See PeerKey.
 	Key func(req *http.Request, keyID string) (crypto.PublicKey, string, error)
 }
 
@@ -23,11 +24,11 @@ type RequestSignature struct {
 // it. The server must have verified the certificate.
 func PeerKey(req *http.Request, _ string) (crypto.PublicKey, string, error) {
 	if req.TLS == nil || len(req.TLS.PeerCertificates) == 0 {
-		return nil, "", errors.New("there is no TLS client certificate whose key could have signed the request")
+		return nil, "", refuse(ReasonRequestSignature, "there is no TLS client certificate whose key could have signed the request")
 	}
 	c := req.TLS.PeerCertificates[0]
 	if len(c.URIs) != 1 || c.URIs[0].Scheme != "spiffe" {
-		return nil, "", errors.New("the TLS client certificate has not exactly one SPIFFE ID")
+		return nil, "", refuse(ReasonRequestSignature, "the TLS client certificate has not exactly one SPIFFE ID")
 	}
 	return c.PublicKey, c.URIs[0].String(), nil
 }
@@ -49,14 +50,23 @@ func (r *Receiver) checkRequest(req *http.Request, body []byte) (agent string, e
 	case !httpsig.Present(req):
 		return "", refuse(ReasonRequestSignature, "the request has no signature %s (RFC 9421)", httpsig.Label)
 	}
+	var unknown error
 	key := func(id string) (key crypto.PublicKey, err error) {
 		key, agent, err = want.Key(req, id)
 		if err == nil && agent == "" {
 			err = errors.New("the key is no agent's")
 		}
+		unknown = err
 		return key, err
 	}
-	if err := httpsig.Verify(req, body, key, r.c.Now(), r.c.MaxSkew); err != nil {
+	err = httpsig.Verify(req, body, key, r.c.Now(), r.c.MaxSkew)
+	if refusal, ok := errors.AsType[*Refusal](unknown); ok {
+		return "", refusal
+	}
+	switch {
+	case unknown != nil:
+		return "", &Refusal{Reason: ReasonRequestSignature, Detail: "the request's signature is by a key that is not known here as an agent's", Cause: unknown}
+	case err != nil:
 		return "", refuse(ReasonRequestSignature, "%v", err)
 	}
 	return agent, nil

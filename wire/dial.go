@@ -74,22 +74,22 @@ func (d *Dialer) Dial(ctx context.Context, host string, port uint16, protocol st
 	}
 	config := g.config.Clone()
 	config.RootCAs, config.ServerName = d.servers, to.Name()
-	var failed error // of the device
-	config.GetClientCertificate = func(*tls.CertificateRequestInfo) (*tls.Certificate, error) { return d.identity.certificate(&failed) }
+	var unsigned error // of the device
+	config.GetClientCertificate = func(*tls.CertificateRequestInfo) (*tls.Certificate, error) { return d.identity.certificate(&unsigned) }
 	if protocol != "" {
 		config.NextProtos = []string{protocol}
 	}
 	raw, err := d.net.DialContext(ctx, "tcp", to.Address())
 	if err != nil {
-		return nil, refuse(RuleUnreachable, "%v", err)
+		return nil, failed(RuleUnreachable, err, "there is no connection to %s: its server, or the way to it, is down", to.Address())
 	}
 	ctx, cancel := context.WithTimeout(ctx, handshakeTimeout)
 	defer cancel()
 	c := tls.Client(raw, config)
 	if err := c.HandshakeContext(ctx); err != nil {
 		_ = raw.Close() // nothing was sent
-		if failed != nil {
-			return nil, refuse(RuleDevice, "the device did not sign the handshake: %v", failed)
+		if unsigned != nil {
+			return nil, failed(RuleDevice, unsigned, "the device did not sign the handshake; the host's log says why")
 		}
 		return nil, Explain(err)
 	}
@@ -103,12 +103,25 @@ func Explain(err error) error {
 	}
 	var alert tls.AlertError
 	if e, ok := errors.AsType[*net.OpError](err); ok && e.Op == "remote error" || errors.As(err, &alert) {
-		return refuse(RuleTLS, "the server ends the connection, for instance since it does not accept the agent's certificate: %v", err)
+		return failed(RuleTLS, err, "the server ends the connection, for instance since it does not accept the agent's certificate: %s", said(err))
 	}
 	if e, ok := errors.AsType[*net.OpError](err); ok && e.Op != "local error" {
-		return refuse(RuleUnreachable, "%v", err)
+		return failed(RuleUnreachable, err, "the connection to the server broke; whether it got the request is not known")
 	}
-	return refuse(RuleTLS, "%v", err)
+	if e, ok := errors.AsType[*tls.CertificateVerificationError](err); ok { // it says what the server showed
+		return failed(RuleTLS, err, "the server's certificate: %v", e.Err)
+	}
+	return failed(RuleTLS, err, "the server does not speak as it must; the host's log says how")
+}
+
+// said is the alert that a server ended a connection with, and nothing else of err.
+func said(err error) string {
+	if e, ok := errors.AsType[*net.OpError](err); ok {
+		return e.Err.Error()
+	}
+	var alert tls.AlertError
+	errors.As(err, &alert)
+	return alert.Error()
 }
 
 // configOf makes what all connections of one generation share.

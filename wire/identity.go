@@ -47,6 +47,14 @@ func refuse(rule scope.Rule, format string, a ...any) *scope.Refusal {
 	return &scope.Refusal{Rule: rule, Message: fmt.Sprintf(format, a...)}
 }
 
+// failed is a refusal that lies with the host or the way to the server: what is said
+// of it names nothing of the inside, and cause is for the log.
+func failed(rule scope.Rule, cause error, format string, a ...any) *scope.Refusal {
+	r := refuse(rule, format, a...)
+	r.Cause = cause
+	return r
+}
+
 // Files of an agent's state, as package signer writes them.
 const (
 	tlsChain    = "tls.pem"

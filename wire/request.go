@@ -50,7 +50,7 @@ func (i *Identity) sign(req *http.Request) (*http.Request, error) {
 	device := &device{Signer: key}
 	if err := httpsig.Sign(out, body, device, i.now()); err != nil {
 		if device.failed != nil {
-			return nil, refuse(RuleDevice, "the device did not sign the request: %v", device.failed)
+			return nil, failed(RuleDevice, device.failed, "the device did not sign the request; the host's log says why")
 		}
 		return nil, refuse(RuleRequestSignature, "%v", err)
 	}

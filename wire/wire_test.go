@@ -322,7 +322,8 @@ func TestDevice(t *testing.T) {
 	if err := i.Close(); err != nil {
 		t.Fatal(err)
 	}
-	if _, err := i.Dialer(h.ca.Roots).Dial(t.Context(), "127.0.0.1", uint16(h.port), ""); !errors.Is(err, &scope.Refusal{Rule: wire.RuleDevice}) {
+	_, err := i.Dialer(h.ca.Roots).Dial(t.Context(), "127.0.0.1", uint16(h.port), "")
+	if r, ok := errors.AsType[*scope.Refusal](err); !ok || r.Rule != wire.RuleDevice || r.Cause == nil || strings.Contains(r.Error(), r.Cause.Error()) {
 		t.Errorf("got %v", err)
 	}
 }

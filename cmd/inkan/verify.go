@@ -5,6 +5,7 @@ import (
 	"context"
 	"crypto/sha256"
 	"errors"
+	"fmt"
 	"os"
 	"time"
 
@@ -149,7 +150,12 @@ func runVerify(e *env, c *cli.Context) error {
 	}
 	v, resend, err := accept(c, r, carrier, b, arrived)
 	if err != nil {
-		if refusal, ok := errors.AsType[*verify.Refusal](err); ok && c.Bool("json") {
+		refusal, ok := errors.AsType[*verify.Refusal](err)
+		if ok && refusal.Cause != nil { // who runs this is who may see it
+			refusal = &verify.Refusal{Reason: refusal.Reason, Detail: fmt.Sprintf("%s (%v)", refusal.Detail, refusal.Cause)}
+			err = refusal
+		}
+		if ok && c.Bool("json") {
 			if err := e.printJSON(map[string]any{"accepted": false, "refusal": refusal}); err != nil {
 				return err
 			}

@@ -57,9 +57,9 @@ func (g *Gate) peer(req *http.Request) (*client, error) {
 	}
 	if err := g.c.ClientRevocation.Check(req.Context(), c, chain[1], now); err != nil {
 		if r, ok := errors.AsType[*verify.Refusal](err); ok {
-			return nil, refuse(r.Reason, "TLS certificate: %s", r.Detail)
+			return nil, &verify.Refusal{Reason: r.Reason, Detail: "TLS certificate: " + r.Detail, Cause: r.Cause}
 		}
-		return nil, refuse(verify.ReasonRevocation, "TLS certificate: %v", err)
+		return nil, &verify.Refusal{Reason: verify.ReasonRevocation, Detail: "TLS certificate: this gate cannot tell now whether it was revoked; the action is not used up: send it again before it expires", Cause: err}
 	}
 	address, err := netip.ParseAddrPort(req.RemoteAddr)
 	if err != nil {

@@ -124,10 +124,9 @@ func (g *Gate) rewrite(p *httputil.ProxyRequest) {
 
 // backendFailed tells the agent what is known about an action that was used up.
 func (g *Gate) backendFailed(w http.ResponseWriter, req *http.Request, err error) {
-	g.log.ErrorContext(req.Context(), "backend failed", "error", err)
+	detail := "the backend did not answer as expected; whether it acted is not known: ask the venue before you sign another"
 	if op, ok := errors.AsType[*net.OpError](err); ok && op.Op == "dial" {
-		write(w, refuse(ReasonBackend, "the backend could not be reached; it did not get the action, which is used up: sign another"))
-		return
+		detail = "the backend could not be reached; it did not get the action, which is used up: sign another"
 	}
-	write(w, refuse(ReasonBackend, "the backend did not answer as expected; whether it acted is not known"))
+	exchangeOf(req.Context()).answer(w, &verify.Refusal{Reason: ReasonBackend, Detail: detail, Cause: err})
 }

@@ -119,6 +119,14 @@ func New(c Config) (*Gate, error) {
 	bound := c.Receiver
 	bound.Messages = c.Routes
 	bound.Revocation = peerBound{c.Receiver.Revocation}
+	bound.Refused = func(req *http.Request, err error) {
+		if x := exchangeOf(req.Context()); x != nil {
+			x.refused = err
+		}
+		if c.Receiver.Refused != nil {
+			c.Receiver.Refused(req, err)
+		}
+	}
 	receiver, err := verify.NewReceiver(bound)
 	if err != nil {
 		return nil, fmt.Errorf("gate: %w", err)
@@ -180,6 +188,7 @@ type exchange struct {
 	peer      *client
 	compact   string
 	forwarded bool
+	refused   error  // why there is no answer of the backend; for the log, with its cause
 	checked   func() // gives back the place for checking
 }
 
@@ -199,12 +208,12 @@ func (g *Gate) ServeHTTP(w http.ResponseWriter, req *http.Request) {
 	// 0. Not more than it may send: before anything that costs more than to say so.
 	if err := g.limiter.admit(req); err != nil {
 		out.Header().Set("Retry-After", "1")
-		write(out, err)
+		x.answer(out, err)
 		return
 	}
 	if err := g.limiter.take(); err != nil {
 		out.Header().Set("Retry-After", "1")
-		write(out, err)
+		x.answer(out, err)
 		return
 	}
 	checking := sync.OnceFunc(g.limiter.give)
@@ -215,12 +224,12 @@ func (g *Gate) ServeHTTP(w http.ResponseWriter, req *http.Request) {
 	// a revocation.
 	var err error
 	if x.peer, err = g.peer(req); err != nil {
-		write(out, err)
+		x.answer(out, err)
 		return
 	}
 	// 2. May it come, and from there?
 	if err := g.admit(x.peer); err != nil {
-		write(out, err)
+		x.answer(out, err)
 		return
 	}
 	// 3. The request and the signed action. The context carries the peer to peerBound.
@@ -235,14 +244,13 @@ func (g *Gate) accepted(w http.ResponseWriter, req *http.Request) {
 	x := exchangeOf(req.Context())
 	v, ok := verify.FromContext(req.Context())
 	if !ok || x == nil {
-		write(w, errors.New("no action was accepted")) // cannot be: the receiver calls this
+		new(exchange).answer(w, errors.New("no action was accepted")) // cannot be: the receiver calls this
 		return
 	}
 	// 4. Kept before it is acted on.
 	if g.c.Record != nil {
 		if err := g.c.Record(req.Context(), v, x.compact); err != nil {
-			g.log.ErrorContext(req.Context(), "recording failed", "action", v.Statement.ID, "error", err)
-			write(w, refuse(ReasonRecord, "the action could not be recorded"))
+			x.answer(w, &verify.Refusal{Reason: ReasonRecord, Detail: "the action could not be recorded, so it was not forwarded; it is used up: sign another", Cause: err})
 			return
 		}
 	}

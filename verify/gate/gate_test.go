@@ -152,7 +152,7 @@ func (s *site) rescope(t testing.TB, members string) {
 }
 
 // serve starts the gate; it ends with the test, and must end well.
-func (s *site) serve(t testing.TB) {
+func (s *site) serve(t testing.TB) *gate.Gate {
 	t.Helper()
 	g, err := gate.New(s.config)
 	if err != nil {
@@ -172,6 +172,7 @@ func (s *site) serve(t testing.TB) {
 			t.Errorf("the gate ended with %v", err)
 		}
 	})
+	return g
 }
 
 // certificate is an agent's TLS certificate; change makes it another.

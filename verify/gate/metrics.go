@@ -1,6 +1,7 @@
 package gate
 
 import (
+	"fmt"
 	"net/http"
 	"slices"
 	"sync/atomic"
@@ -36,18 +37,21 @@ func newMetrics() *metrics {
 }
 
 // own are the reasons that say something of the gate, not of the request.
-var own = []verify.Reason{verify.ReasonRevocation, verify.ReasonStore, ReasonRecord, ReasonBackend}
+var own = []verify.Reason{verify.ReasonRevocation, verify.ReasonKillState, verify.ReasonStore, ReasonRecord, ReasonBackend}
 
-// count counts a request's outcome.
-func (m *metrics) count(forwarded bool, reason, detail string, took time.Duration) {
+// count counts a request's outcome; refusal is nil if the backend answered.
+func (m *metrics) count(forwarded bool, refusal *verify.Refusal, took time.Duration) {
 	m.seconds.Observe(took.Seconds())
-	if reason != "" {
-		m.refused.WithLabelValues(reason).Inc()
+	if refusal != nil && refusal.Reason != "" {
+		m.refused.WithLabelValues(string(refusal.Reason)).Inc()
 	}
 	switch {
-	case slices.Contains(own, verify.Reason(reason)):
-		detail = reason + ": " + detail
-		m.trouble.Store(&detail)
+	case refusal != nil && slices.Contains(own, refusal.Reason):
+		what := refusal.Error()
+		if refusal.Cause != nil {
+			what = fmt.Sprintf("%s: %v", refusal.Reason, refusal.Cause)
+		}
+		m.trouble.Store(&what)
 	case forwarded:
 		m.forwarded.Inc()
 		m.trouble.Store(nil)
@@ -56,7 +60,7 @@ func (m *metrics) count(forwarded bool, reason, detail string, took time.Duratio
 
 // Observability serves GET /metrics and GET /healthz, for a listener of its own
 // that agents do not reach. Health is 503 from a request that was refused for a reason of the gate's own
-// (revocation list, store, record, backend) until one is forwarded.
+// (revocation list, kill list, store, record, backend) until one is forwarded.
 func (g *Gate) Observability() http.Handler {
 	mux := http.NewServeMux()
 	mux.Handle("GET /metrics", promhttp.HandlerFor(g.metrics.registry, promhttp.HandlerOpts{}))

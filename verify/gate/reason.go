@@ -56,8 +56,10 @@ func status(reason verify.Reason) int {
 	return http.StatusInternalServerError
 }
 
-// write answers with the refusal in err; of any other error nothing is told.
-func write(w http.ResponseWriter, err error) {
+// answer remembers err for the log, and answers with the refusal in it: without its
+// cause, and of any other error nothing is told.
+func (x *exchange) answer(w http.ResponseWriter, err error) {
+	x.refused = err
 	r, ok := errors.AsType[*verify.Refusal](err)
 	if !ok {
 		problem.Write(w, problem.Problem{Status: http.StatusInternalServerError})

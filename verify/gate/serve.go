@@ -8,7 +8,7 @@ import (
 	"net/http"
 	"time"
 
-	"inkan/internal/problem"
+	"inkan/verify"
 )
 
 // Bounds of a gate's server. maxHeader has room for the largest action.
@@ -47,12 +47,10 @@ func (g *Gate) Serve(ctx context.Context, l net.Listener) error {
 	return <-done
 }
 
-// response remembers what the log line says. Until the request is forwarded
-// what is written is a problem document.
+// response remembers what the log line says.
 type response struct {
 	http.ResponseWriter
-	status  int
-	problem []byte
+	status int
 }
 
 // Unwrap is for http.ResponseController.
@@ -71,9 +69,6 @@ func (r *response) Write(b []byte) (int, error) {
 	if r.status == 0 {
 		r.status = http.StatusOK
 	}
-	if r.Header().Get("Content-Type") == problem.ContentType && len(r.problem)+len(b) <= 8<<10 {
-		r.problem = append(r.problem, b...)
-	}
 	return r.ResponseWriter.Write(b)
 }
 
@@ -84,14 +79,23 @@ func (g *Gate) report(req *http.Request, x *exchange, out *response, begin time.
 	} else {
 		a = append(a, "address", req.RemoteAddr)
 	}
-	p := problem.Parse(out.status, out.Header().Get("Content-Type"), out.problem)
-	if x.forwarded && p.Reason != string(ReasonBackend) {
-		p = &problem.Problem{} // the backend's own
+	refusal, _ := errors.AsType[*verify.Refusal](x.refused)
+	if refusal == nil && x.refused != nil {
+		refusal = &verify.Refusal{Cause: x.refused}
 	}
-	g.metrics.count(x.forwarded, p.Reason, p.Detail, time.Since(begin))
-	if x.forwarded {
+	g.metrics.count(x.forwarded, refusal, time.Since(begin))
+	if refusal != nil {
+		a = append(a, "reason", refusal.Reason, "detail", refusal.Detail)
+		if refusal.Cause != nil {
+			a = append(a, "cause", refusal.Cause)
+		}
+	}
+	switch {
+	case x.forwarded && refusal != nil:
+		g.log.ErrorContext(req.Context(), "backend failed", a...)
+	case x.forwarded:
 		g.log.InfoContext(req.Context(), "forwarded", a...)
-		return
+	default:
+		g.log.WarnContext(req.Context(), "refused", a...)
 	}
-	g.log.WarnContext(req.Context(), "refused", append(a, "reason", p.Reason, "detail", p.Detail)...)
 }

@@ -27,19 +27,19 @@ type Regions interface {
 // error is always a *[scope.Refusal].
 func Check(s *scope.Scope, address netip.Addr, regions Regions) error {
 	from := scope.Source{Address: address}
-	why := ""
+	why, cause := "", error(nil)
 	if _, wanted := s.Located(); wanted && address.IsValid() {
 		if regions == nil {
 			why = "there are no region data here, so the region of the request is not known"
 		} else if list, err := regions.Lookup(address.Unmap().WithZone("")); err != nil {
-			why = fmt.Sprintf("the region data cannot be used: %v", err)
+			why, cause = "the region data cannot be used, so the region of the request is not known", err
 		} else {
 			from.Regions = list
 		}
 	}
 	err := scope.CheckSource(s, from)
 	if r, ok := errors.AsType[*scope.Refusal](err); ok && r.Rule == scope.RuleSourceRegion && why != "" {
-		r.Message = why + "; allowed: " + r.Limit
+		r.Message, r.Cause = why+"; allowed: "+r.Limit, cause
 	}
 	return err
 }

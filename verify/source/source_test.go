@@ -205,7 +205,8 @@ func TestReload(t *testing.T) {
 			replace(t, path, []byte(step.content))
 		}
 		err := source.Check(s, here, f)
-		if step.refused == "" && err != nil || step.refused != "" && (!errors.Is(err, &scope.Refusal{Rule: scope.RuleSourceRegion}) || !strings.Contains(err.Error(), step.refused)) {
+		told, cause := fmt.Sprint(err), fmt.Sprint(errors.Unwrap(err))
+		if step.refused == "" && err != nil || step.refused != "" && (!errors.Is(err, &scope.Refusal{Rule: scope.RuleSourceRegion}) || !strings.Contains(told+cause, step.refused)) {
 			t.Errorf("with %q: got %v, want %q", step.content, err, step.refused)
 		}
 		if err != nil && strings.Contains(err.Error(), path) {

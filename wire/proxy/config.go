@@ -250,12 +250,12 @@ func (l *ListenerConfig) allows(uid uint32, p *caller.Process) error {
 		}
 		unit, err := p.Unit()
 		if err != nil {
-			return err
+			return unidentified(err)
 		}
 		if unit == c.Unit {
 			return nil
 		}
 		why = fmt.Sprintf("user %d in unit %q is none of the listener's callers", uid, unit)
 	}
-	return errors.New(why)
+	return refuse(RuleCaller, "%s", why)
 }

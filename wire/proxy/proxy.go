@@ -39,6 +39,11 @@ func refuse(rule scope.Rule, format string, a ...any) *scope.Refusal {
 	return &scope.Refusal{Rule: rule, Message: fmt.Sprintf(format, a...)}
 }
 
+// unidentified refuses whom the kernel or the host said nothing of; why is for the log.
+func unidentified(why error) *scope.Refusal {
+	return &scope.Refusal{Rule: RuleCaller, Message: "the process at the other end could not be identified; the proxy's log says why", Cause: why}
+}
+
 // Bounds of connections from agents.
 const (
 	maxHeader     = 160 << 10 // has room for the largest action
@@ -186,19 +191,19 @@ func (v *visitor) identify() {
 	case *net.UnixConn:
 		process, err := caller.Identify(c)
 		if err != nil {
-			v.refused = refuse(RuleCaller, "%v", err)
+			v.refused = unidentified(err)
 			return
 		}
 		uid, v.process, v.Conn = process.UID, process, caller.NewConn(c, process)
 	case *net.TCPConn:
 		var err error
 		if uid, err = v.p.owners.UID(c.RemoteAddr().(*net.TCPAddr).AddrPort(), c.LocalAddr().(*net.TCPAddr).AddrPort()); err != nil {
-			v.refused = refuse(RuleCaller, "%v", err)
+			v.refused = unidentified(err)
 			return
 		}
 	}
 	if err := v.p.config.allows(uid, v.process); err != nil {
-		v.refused = refuse(RuleCaller, "%v", err)
+		v.refused = err
 	}
 }
 
@@ -331,7 +336,7 @@ func (e *ending) Write(b []byte) (int, error) {
 
 // failed answers where there is no answer of the server.
 func (p *Proxy) failed(w http.ResponseWriter, req *http.Request, err error) {
-	if _, ok := errors.AsType[*http.MaxBytesError](err); ok || strings.Contains(err.Error(), "http: request body too large") {
+	if _, ok := errors.AsType[*http.MaxBytesError](err); ok {
 		err = p.tooLarge()
 	}
 	p.answer(w, req, err)
@@ -345,17 +350,26 @@ var statuses = map[scope.Rule]int{
 }
 
 func (p *Proxy) answer(w http.ResponseWriter, req *http.Request, err error) {
-	r, ok := errors.AsType[*scope.Refusal](err)
-	if !ok {
-		r = refuse(wire.RuleUnreachable, "%v", err)
-	}
+	r := refusalOf(err)
 	p.refused(req.Context(), r)
 	problem.Write(w, problem.Problem{Status: statuses[r.Rule], Title: "not forwarded", Detail: r.Message, Rule: string(r.Rule)})
 }
 
+// refusalOf is the refusal in err, or one for it.
+func refusalOf(err error) *scope.Refusal {
+	if r, ok := errors.AsType[*scope.Refusal](err); ok {
+		return r
+	}
+	return &scope.Refusal{Rule: wire.RuleUnreachable, Message: "the request was not answered; the proxy's log says why", Cause: err}
+}
+
 func (p *Proxy) refused(ctx context.Context, r *scope.Refusal) {
 	p.metrics.refuse(r.Rule)
-	p.log.WarnContext(ctx, "refused", "rule", r.Rule, "detail", r.Message)
+	a := []any{"rule", r.Rule, "detail", r.Message}
+	if r.Cause != nil {
+		a = append(a, "cause", r.Cause)
+	}
+	p.log.WarnContext(ctx, "refused", a...)
 }
 
 // buffers are lent to copies of bodies.

@@ -135,10 +135,29 @@ func (b *bench) serverTLS(t *testing.T) *tls.Config {
 	return &tls.Config{Certificates: []tls.Certificate{{Certificate: [][]byte{leaf.Raw}, PrivateKey: k}}, ClientAuth: tls.RequireAndVerifyClientCert, ClientCAs: b.ca.Roots}
 }
 
+// lines is a log that is read while it is written.
+type lines struct {
+	mu sync.Mutex
+	b  bytes.Buffer
+}
+
+func (l *lines) Write(b []byte) (int, error) {
+	l.mu.Lock()
+	defer l.mu.Unlock()
+	return l.b.Write(b)
+}
+
+func (l *lines) String() string {
+	l.mu.Lock()
+	defer l.mu.Unlock()
+	return l.b.String()
+}
+
 // running is a proxy that serves.
 type running struct {
 	at       string // host:port, or a path
 	identity *wire.Identity
+	log      *lines
 	metrics  *proxy.Metrics
 	stop     func() error
 }
@@ -164,7 +183,8 @@ func (b *bench) start(t *testing.T, listener string) *running {
 		t.Fatal(err)
 	}
 	m := proxy.NewMetrics(map[string]*wire.Identity{"a": i})
-	p := proxy.New(config, "a", i.Dialer(b.ca.Roots), owners, m, slog.New(slog.DiscardHandler))
+	said := new(lines)
+	p := proxy.New(config, "a", i.Dialer(b.ca.Roots), owners, m, slog.New(slog.NewTextHandler(said, nil)))
 	ctx, cancel := context.WithCancel(context.Background())
 	ended := make(chan error, 1)
 	go func() { ended <- p.Serve(ctx, l) }()
@@ -175,7 +195,7 @@ func (b *bench) start(t *testing.T, listener string) *running {
 		}
 		_, _ = i.Close(), owners.Close()
 	})
-	return &running{l.Addr().String(), i, m, stop}
+	return &running{l.Addr().String(), i, said, m, stop}
 }
 
 func me() string { return strconv.Quote(strconv.Itoa(os.Getuid())) }
@@ -373,6 +393,44 @@ func TestServers(t *testing.T) {
 		res, body := do(t, r.client(true), http.MethodGet, "http://"+at+"/", nil, nil)
 		if p := problem.Parse(res.StatusCode, res.Header.Get("Content-Type"), body); res.StatusCode != http.StatusBadGateway || p.Rule != rule {
 			t.Errorf("%s: got %s %s, want %s", at, res.Status, body, rule)
+		}
+	}
+}
+
+// TestInsideStaysInside: what the device or the network said is in the log, and not in
+// the answer.
+func TestInsideStaysInside(t *testing.T) {
+	b := newBench(t)
+	gone, err := net.Listen("tcp", "127.0.0.1:0")
+	if err != nil {
+		t.Fatal(err)
+	}
+	if err := gone.Close(); err != nil {
+		t.Fatal(err)
+	}
+	b.write(t, strings.Replace(b.scope, `"destinations":[`, fmt.Sprintf(`"destinations":[{"host":"127.0.0.1","port":%s},`, portOf(gone)), 1))
+	r := b.start(t, fmt.Sprintf(`{listen: "127.0.0.1:0", protocol: http, callers: [{user: %s}]}`, me()))
+	for _, x := range []struct{ rule, at, inside string }{
+		{"unreachable", gone.Addr().String(), "connection refused"},
+		{"device", b.server.Listener.Addr().String(), "token"},
+	} {
+		if x.rule == "device" {
+			if err := r.identity.Close(); err != nil {
+				t.Fatal(err)
+			}
+		}
+		res, body := do(t, r.client(true), http.MethodGet, "http://"+x.at+"/", nil, nil)
+		if p := problem.Parse(res.StatusCode, res.Header.Get("Content-Type"), body); p.Rule != x.rule || p.Detail == "" || strings.Contains(p.Detail, x.inside) {
+			t.Errorf("got %s %s", res.Status, body)
+		}
+		line := ""
+		for s := range strings.Lines(r.log.String()) {
+			if strings.Contains(s, "rule="+x.rule) {
+				line = s
+			}
+		}
+		if _, cause, _ := strings.Cut(line, "cause="); !strings.Contains(cause, x.inside) {
+			t.Errorf("the log has %s", r.log)
 		}
 	}
 }

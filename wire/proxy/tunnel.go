@@ -69,11 +69,7 @@ func (p *Proxy) tunnel(ctx context.Context, in *visitor) {
 	}
 	p.metrics.seconds.Observe(time.Since(begun).Seconds())
 	if err != nil {
-		r, ok := errors.AsType[*scope.Refusal](err)
-		if !ok {
-			r = refuse(wire.RuleUnreachable, "%v", err)
-		}
-		p.refused(ctx, r)
+		p.refused(ctx, refusalOf(err))
 		return
 	}
 	defer out.Close()
