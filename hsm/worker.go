@@ -12,6 +12,7 @@ import (
 
 	"github.com/ThalesGroup/crypto11"
 	"github.com/miekg/pkcs11"
+	"golang.org/x/sys/unix"
 )
 
 const supported = true
@@ -36,6 +37,10 @@ type found struct {
 // RunWorker serves the protocol on the socket f until it is closed. The
 // process then ends at once, also where the module hangs in a call.
 func RunWorker(f *os.File) error {
+	// Modules crash, and this process has the PIN: no core, and no reading by others.
+	if err := errors.Join(unix.Setrlimit(unix.RLIMIT_CORE, &unix.Rlimit{}), unix.Prctl(unix.PR_SET_DUMPABLE, 0, 0, 0, 0)); err != nil {
+		return fmt.Errorf("hsm worker: %w", err)
+	}
 	conn, err := net.FileConn(f)
 	if err != nil {
 		return fmt.Errorf("hsm worker: it is started by another inkan process only: %w", err)
@@ -108,14 +113,16 @@ func failed(id uint64, err error) response {
 // application (PKCS#11 v2.40, section 5.6): crypto11's serves these sessions as
 // well, but for modules that take the two for two applications.
 func (w *worker) open(o *openBody) ([]pkcs11.SessionHandle, error) {
-	cfg := &crypto11.Config{Path: o.Module, Pin: o.PIN, MaxSessions: 2}
+	// crypto11 takes the first token with a label or a serial number, and must be
+	// the first to use the module. The PIN waits until it is known which token is meant.
+	cfg := &crypto11.Config{Path: o.Module, LoginNotSupported: true, MaxSessions: 2}
 	if o.Serial != "" {
 		cfg.TokenSerial = o.Serial
 	} else {
 		cfg.TokenLabel = o.Token
 	}
-	var err error
-	if w.c11, err = crypto11.Configure(cfg); err != nil {
+	first, err := crypto11.Configure(cfg)
+	if err != nil {
 		return nil, err
 	}
 	if w.p11 = pkcs11.New(o.Module); w.p11 == nil { // loaded already: counts a reference
@@ -145,6 +152,13 @@ func (w *worker) open(o *openBody) ([]pkcs11.SessionHandle, error) {
 	}
 	if matching != 1 {
 		return nil, fmt.Errorf("%d tokens match the URI, exactly one must", matching)
+	}
+	slot := int(w.slot)
+	if w.c11, err = crypto11.Configure(&crypto11.Config{Path: o.Module, SlotNumber: &slot, Pin: o.PIN, MaxSessions: 2}); err != nil {
+		return nil, err
+	}
+	if err := first.Close(); err != nil {
+		return nil, err
 	}
 	n := o.Sessions
 	if max != pkcs11.CK_EFFECTIVELY_INFINITE && max != pkcs11.CK_UNAVAILABLE_INFORMATION && max > 3 {
