@@ -122,19 +122,26 @@ func (b *Book) Check(s *Scope, u Use) *Refusal {
 	c := b.resolve(&u)
 	for i := range s.limits {
 		l := &s.limits[i]
-		key, ok := l.applies(s, &u)
-		if !ok {
-			continue
-		}
-		m := b.measure(l, key, &c, c.t, false)
-		if l.exceeded(&m) {
-			if r := lift(u.lifts, b.refusal(l, key, &c, &m)); r != nil {
+		if key, ok := l.applies(s, &u); ok {
+			if r := lift(u.lifts, b.refuses(l, key, &c)); r != nil {
 				return r
 			}
 		}
-		if r := b.refusesName(l, &c); r != nil {
+		if r := b.refusesName(l, &c); r != nil { // in whatever currency: names are the venue's
 			return r
 		}
+	}
+	return nil
+}
+
+// refuses holds a use against a limit that applies to it.
+func (b *Book) refuses(l *limit, key string, c *counted) *Refusal {
+	if l.rule == RuleQtyWindow && c.byAmount {
+		return &Refusal{Rule: l.rule, Key: key, Field: "ord.CashOrderQty", Limit: l.sum.String(), Message: "an order by amount has no quantity that max_qty_per_window could bound: give OrderQty"}
+	}
+	m := b.measure(l, key, c, c.t, false)
+	if l.exceeded(&m) {
+		return b.refusal(l, key, c, &m)
 	}
 	return nil
 }
@@ -169,7 +176,7 @@ func (b *Book) refusesSame(s *Scope, u *Use) *Refusal {
 // refusesName: under limits of what is open each open order has its own name,
 // and no more of them than are remembered.
 func (b *Book) refusesName(l *limit, u *counted) *Refusal {
-	if l.rule != RuleOpenOrders && l.rule != RuleOpenNotional {
+	if l.rule != RuleOpenOrders && l.rule != RuleOpenNotional || u.ClOrdID == "" {
 		return nil
 	}
 	if _, rests := openUntil(u.t, u.TIF, u.Expires); !rests {

@@ -272,3 +272,40 @@ func TestUsage(t *testing.T) {
 		t.Errorf("after a look at a later moment the window lets %v", r)
 	}
 }
+
+// The two sizes of a quote are more together than a decimal can be. What stands
+// after them in a series counts all the same.
+func TestSizesOfAQuote(t *testing.T) {
+	parse := func(m string) *scope.Scope {
+		s, err := scope.Parse([]byte(`{"version":1,"allowed_actions":["order.new","quote.new"],"allowed_venues":["XPAR"],"allowed_instruments":[{"id":"symbol:X"},{"id":"symbol:Y"}],
+		"allowed_sides":["1","2"],"allowed_ord_types":["2"],"allowed_tif":["3"],"max_order_notional":[{"currency":"EUR","amount":"1000000"}]` + m + `}`))
+		if err != nil {
+			t.Fatal(err)
+		}
+		return s
+	}
+	free, bound := parse(""), parse(`,"max_qty_per_window":[{"instrument":"symbol:X","qty":"10","window":{"rolling_s":60}}]`)
+	b := scope.NewBook()
+	use := func(s *scope.Scope, at time.Time, body string) scope.Use {
+		a, err := scope.ParseAction([]byte(body))
+		if err != nil {
+			t.Fatal(err)
+		}
+		p, err := scope.Check(s, a, scope.Env{Now: at, AttestedAt: at})
+		if err != nil {
+			t.Fatal(err)
+		}
+		return scope.UseOf(p, at)
+	}
+	b.Add(use(free, noon, `{"id":"AAECAwQFBgcICQoLDA0ODw","aud":"XPAR","act":"quote.new","ord":{"ClOrdID":"1","SecurityID":"X","SecurityIDSource":"8","BidPx":"0","BidSize":"999999999999999999","OfferPx":"0","OfferSize":"999999999999999999","Currency":"EUR","TimeInForce":"3"}}`))
+	one := `{"id":"AAECAwQFBgcICQoLDA0ODw","aud":"XPAR","act":"order.new","ord":{"ClOrdID":"1","SecurityID":"X","SecurityIDSource":"8","Side":"1","OrdType":"2","Price":"1","OrderQty":"6","Currency":"EUR","TimeInForce":"3"}}`
+	b.Add(use(free, noon.Add(30*time.Second), one))
+	text, _ := b.AppendBinary(nil)
+	if err := scope.NewBook().UnmarshalBinary(text); err != nil {
+		t.Error(err)
+	}
+	later := noon.Add(61 * time.Second)
+	if b.Check(bound, use(bound, later, one)) == nil {
+		t.Error("6 and 6 are more than 10")
+	}
+}

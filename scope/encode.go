@@ -265,7 +265,7 @@ func (r *bookReader) decimal() Decimal {
 		r.check(fraction != 0 && fraction%10 != 0 && fraction < pow10[maxFractionDigits-zeros][0])
 		fraction *= pow10[zeros][0]
 	}
-	r.check(flags <= 3 && whole < 1e18 && (flags&1 == 0 || whole|fraction != 0))
+	r.check(flags <= 3 && whole < maxWhole && (flags&1 == 0 || whole|fraction != 0))
 	return joinDecimal(whole, fraction, flags&1 != 0)
 }
 

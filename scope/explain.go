@@ -15,11 +15,8 @@ func (b *Book) Explain(s *Scope, u Use) []*Refusal {
 		if !ok {
 			continue
 		}
-		m := b.measure(l, key, &c, c.t, false)
-		if l.exceeded(&m) {
-			if r := b.refusal(l, key, &c, &m); r.Message != first.Message {
-				all = append(all, r)
-			}
+		if r := b.refuses(l, key, &c); r != nil && r.Message != first.Message {
+			all = append(all, r)
 		}
 	}
 	return all

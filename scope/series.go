@@ -128,10 +128,13 @@ func appendDecimal(b []byte, whole, fraction uint64) []byte {
 	return binary.AppendUvarint(b, fraction<<5|zeros)
 }
 
-// split returns the whole part and the fraction in 10^-17. Sums of the book
-// stay below 10^18, as every decimal does.
+// maxWhole bounds the whole part of what an entry or an order has: the two sizes of
+// a quote together have one digit more than a decimal.
+const maxWhole = 2e18
+
+// split returns the whole part and the fraction in 10^-17, of a decimal below maxWhole.
 func (d *Decimal) split() (whole, fraction uint64) {
-	return bits.Div64(d.scaled[1], d.scaled[0], unit[0]) // below 10^35, so the quotient is below 10^18
+	return bits.Div64(d.scaled[1], d.scaled[0], unit[0]) // below 2 x 10^35, so the quotient has 64 bits
 }
 
 func joinDecimal(whole, fraction uint64, negative bool) (d Decimal) {
@@ -156,7 +159,7 @@ func (e *entry) parse(b []byte, last int64) (size int, err error) {
 	*e = entry{at: last + int64(d), order: flags&bitOrder != 0, risk: flags&bitRisk != 0}
 	read := func(fractional, negative bool) (Decimal, bool) {
 		whole, k := binary.Uvarint(b[n:])
-		if k <= 0 || whole >= 1e18 {
+		if k <= 0 || whole >= maxWhole {
 			return Decimal{}, false
 		}
 		n += k

@@ -25,6 +25,7 @@ type Use struct {
 	Strategy   string // the execution algorithm that pty.exe names
 	Reference  Decimal
 
+	byAmount  bool // it has CashOrderQty in the place of a quantity
 	priced    bool
 	low, high Decimal  // of the order's prices
 	same      [16]byte // equal for orders that are the same but for their ids; zero for what is no order
@@ -68,9 +69,10 @@ func useOf(a *Action, instrument string, notional Decimal, currency string, at t
 		return u
 	}
 	u.ClOrdID, u.Replaces, u.Side, u.TIF, u.Expires = o.ClOrdID, o.OrigClOrdID, o.Side, o.TimeInForce, o.ExpireTime
+	u.byAmount = o.CashOrderQty != nil
 	for _, q := range [...]*Decimal{o.OrderQty, o.BidSize, o.OfferSize} {
 		if q != nil {
-			u.Qty, _ = u.Qty.Add(*q) // three sizes of 18 digits: what overflows was refused by its notional
+			u.Qty, _ = u.Qty.Add(*q) // one, or the two of a quote: below maxWhole
 		}
 	}
 	for _, px := range [...]*Decimal{o.Price, o.StopPx, o.BidPx, o.OfferPx} {
