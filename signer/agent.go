@@ -98,6 +98,21 @@ func newCredential(chain []*x509.Certificate, key crypto.Signer, lifetime time.D
 	return c, nil
 }
 
+// refuses says why nothing is signed under the certificate at a time. What is from
+// outside of its life would make the whole record one that does not verify.
+func (c *credential) refuses(at time.Time) *scope.Refusal {
+	from, end := c.chain[0].NotBefore.UTC(), c.chain[0].NotAfter.UTC()
+	switch {
+	case at.Before(from):
+		return &scope.Refusal{Rule: RuleNoCertificate, Limit: from.Format(time.RFC3339), Value: at.UTC().Format(time.RFC3339),
+			Message: fmt.Sprintf("the agent's certificate is valid from %s on, and here it is %s: see that the clock is right", from.Format(time.RFC3339), at.UTC().Format(time.RFC3339))}
+	case at.After(end):
+		return &scope.Refusal{Rule: scope.RuleCertificateExpired, Limit: end.Format(time.RFC3339),
+			Message: "the agent's certificate expired at " + end.Format(time.RFC3339) + ": see the signer's log for why it was not renewed"}
+	}
+	return nil
+}
+
 // SetChain replaces the agent's certificate, leaf first, without interrupting
 // what is being signed. The certificate stands in the record before it is used.
 func (a *Agent) SetChain(ctx context.Context, chain []*x509.Certificate) error {
@@ -175,9 +190,8 @@ func (a *Agent) Act(ctx context.Context, body []byte, run *scope.Run, authorizat
 
 	// 3. Check the scope that the certificate has.
 	now := a.now().UTC().Truncate(time.Microsecond)
-	if leaf := cred.chain[0]; now.After(leaf.NotAfter) {
-		return nil, a.refuse(ctx, action, &scope.Refusal{Rule: scope.RuleCertificateExpired, Limit: leaf.NotAfter.UTC().Format(time.RFC3339),
-			Message: "the agent's certificate expired at " + leaf.NotAfter.UTC().Format(time.RFC3339) + ": see the signer's log for why it was not renewed"}, cred, run)
+	if r := cred.refuses(now); r != nil {
+		return nil, a.refuse(ctx, action, r, cred, run)
 	}
 	env := scope.Env{Now: now, AttestedAt: cred.action.Attestation.Time, Run: run, Agent: cred.action.Agent, Authorizations: authorizations}
 	var refusal *scope.Refusal

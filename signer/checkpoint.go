@@ -34,15 +34,15 @@ func (a *Agent) Checkpoint(ctx context.Context) (*Checkpoint, error) {
 		return nil, &scope.Refusal{Rule: RuleNoCertificate, Message: "the agent has no certificate yet: see the signer's log"}
 	}
 	leaf := cred.chain[0]
-	if a.now().After(leaf.NotAfter) {
-		return nil, &scope.Refusal{Rule: scope.RuleCertificateExpired, Message: "the agent's certificate expired at " + leaf.NotAfter.UTC().Format(time.RFC3339)}
-	}
 	if cred.action.Attestation.Mode == certext.ModeApprover {
 		return nil, &scope.Refusal{Rule: RuleDevice, Message: "a key in approver mode signs actions alone: the approver has a copy of the record"}
 	}
 	seal, err := a.log.Seal(ctx, cred.identity)
 	if err != nil {
 		return nil, err
+	}
+	if r := cred.refuses(seal.Checkpoint().Time); r != nil {
+		return nil, r
 	}
 	text, err := seal.Spend()
 	if err != nil {

@@ -1,6 +1,7 @@
 package signer_test
 
 import (
+	"crypto/x509"
 	"encoding/base64"
 	"encoding/json"
 	"errors"
@@ -14,6 +15,7 @@ import (
 
 	"golang.org/x/sys/unix"
 
+	"inkan/audit"
 	"inkan/internal/problem"
 	"inkan/scope"
 	"inkan/signer"
@@ -103,11 +105,6 @@ func TestClockDivergence(t *testing.T) {
 // the same boot; an operator may accept it, which stands in the record.
 func TestClockJump(t *testing.T) {
 	self, _ := executables(t)
-	dir, err := os.MkdirTemp("", "signer")
-	if err != nil {
-		t.Fatal(err)
-	}
-	defer os.RemoveAll(dir)
 	boot, err := os.ReadFile("/proc/sys/kernel/random/boot_id")
 	if err != nil {
 		t.Fatal(err)
@@ -123,6 +120,20 @@ func TestClockJump(t *testing.T) {
 	}
 	d := startIn(t, agent("a", self)+"clock: {source: none}\n", nil, nil, map[string][]byte{"clock.json": saved})
 	c := client.New(d.socket)
+	refused := func(what, rule string, err error) {
+		t.Helper()
+		if p, ok := errors.AsType[*problem.Problem](err); !ok || p.Rule != rule {
+			t.Errorf("%s: %v, %s is expected", what, err, rule)
+		}
+	}
+	// The certificate is of after the hour. What was signed before it would never verify.
+	_, err = c.SignJSON(t.Context(), cancel(client.NewID()))
+	refused("a cancel before the certificate", "no_certificate", err)
+	refused("a head before the certificate", "no_certificate", c.Checkpoint(t.Context(), &signer.Checkpoint{}))
+	older := d.ca.AgentWithKey(t, "a", []byte(scopeJSON), d.agents["a"].Key, func(c *x509.Certificate) { c.NotBefore = c.NotBefore.Add(-2 * time.Hour) })
+	if err := d.signer.Agent("a").SetChain(t.Context(), older.Chain); err != nil {
+		t.Fatal(err)
+	}
 	_, err = c.SignJSON(t.Context(), order(client.NewID()))
 	if p, ok := errors.AsType[*problem.Problem](err); !ok || p.Rule != string(scope.RuleClockJump) || !strings.Contains(p.Detail, "forward by 1h0m0") {
 		t.Fatalf("an order: %v", err)
@@ -143,5 +154,9 @@ func TestClockJump(t *testing.T) {
 	}
 	if at := statementOf(t, signed).Time.Time; time.Since(at) > time.Minute {
 		t.Errorf("after it was accepted: %s", at)
+	}
+	d.end()
+	if _, err := audit.VerifyFile(t.Context(), filepath.Join(signer.AgentDir(filepath.Join(d.dir, "state"), "a"), signer.LogFile), audit.VerifyOptions{Roots: d.ca.Roots}); err != nil {
+		t.Error(err)
 	}
 }
