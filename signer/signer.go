@@ -160,10 +160,8 @@ func (s *Signer) renew(ctx context.Context, a *Agent) {
 	wait := a.untilRenewal()
 	retry := firstRetry
 	for {
-		select {
-		case <-ctx.Done():
+		if !pause(ctx, wait, lookAtClock, time.Now) {
 			return
-		case <-time.After(wait):
 		}
 		chain, again, err := s.renewer.Renew(ctx, a.name)
 		if err == nil {
@@ -182,7 +180,28 @@ func (s *Signer) renew(ctx context.Context, a *Agent) {
 		s.log.InfoContext(ctx, "certificate renewed", "agent", a.name, "not_after", chain[0].NotAfter)
 		s.checkpoint(ctx, a)
 		retry = firstRetry
-		wait = max(jittered(time.Until(again)), firstRetry) // this host's clock may be ahead of the issuer's
+		wait = max(jittered(again.Round(0).Sub(time.Now().Round(0))), firstRetry) // this host's clock may be ahead of the issuer's
+	}
+}
+
+// lookAtClock is how often who waits for a renewal looks at the clock.
+const lookAtClock = time.Minute
+
+// pause waits, and says whether it did until the end. Timers stand still while the machine is suspended,
+// and a certificate's life does not: what the clock says counts as well.
+func pause(ctx context.Context, wait, every time.Duration, now func() time.Time) bool {
+	begun := now()
+	for left := wait; ; {
+		select {
+		case <-ctx.Done():
+			return false
+		case <-time.After(min(left, every)):
+		}
+		at := now()
+		// The longer of what timers and what the clock say has passed.
+		if left = wait - max(at.Sub(begun), at.Round(0).Sub(begun.Round(0))); left <= 0 {
+			return true
+		}
 	}
 }
 
