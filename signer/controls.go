@@ -2,6 +2,7 @@ package signer
 
 import (
 	"bytes"
+	"cmp"
 	"context"
 	"errors"
 	"fmt"
@@ -9,6 +10,7 @@ import (
 	"net/http"
 	"os"
 	"strings"
+	"sync"
 	"time"
 
 	"inkan/internal/problem"
@@ -44,7 +46,7 @@ type Controlled struct {
 func (a *Agent) control(ctx context.Context, kind scope.Kind, text string) (scope.Counter, error) {
 	cred := a.current.Load()
 	if cred == nil {
-		return 0, &scope.Refusal{Rule: RuleNoCertificate, Message: "agent " + a.name + " has no certificate yet, so it signs nothing, and its record takes no event"}
+		return 0, &scope.Refusal{Rule: RuleNoCertificate, Message: "agent " + a.name + " has no certificate yet, so it signs nothing, and its record takes no event: say it again when it has one"}
 	}
 	e, err := scope.NewEvent(kind, text, cred.scope)
 	if err != nil {
@@ -92,22 +94,42 @@ func (s *Signer) kill(w http.ResponseWriter, r *http.Request) {
 		s.fail(w, err)
 		return
 	}
-	// Each agent is stopped, whatever happens with another one.
-	out := []Controlled{}
-	var failed error
-	for _, a := range list {
-		n, err := a.control(r.Context(), scope.EventKill, string(text))
-		if err != nil {
-			failed = errors.Join(failed, fmt.Errorf("agent %s: %w", a.name, err))
-			continue
-		}
-		out = append(out, Controlled{a.name, n})
+	// Each agent is stopped, whatever happens with another one, and though nobody waits for the answer any more.
+	ctx := context.WithoutCancel(r.Context())
+	stopped, failed := make([]Controlled, len(list)), make([]error, len(list))
+	var wg sync.WaitGroup
+	for i, a := range list {
+		wg.Go(func() {
+			stopped[i].Agent = a.name
+			stopped[i].Event, failed[i] = a.control(ctx, scope.EventKill, string(text))
+		})
 	}
-	if failed != nil {
-		s.fail(w, failed)
+	wg.Wait()
+	if errors.Join(failed...) == nil {
+		problem.JSON(w, http.StatusOK, stopped)
 		return
 	}
-	problem.JSON(w, http.StatusOK, out)
+	if len(list) == 1 {
+		s.fail(w, failed[0])
+		return
+	}
+	var done, not []string
+	p := problem.Problem{Status: http.StatusServiceUnavailable, Title: "not all agents were stopped"}
+	for i, err := range failed {
+		r, refused := errors.AsType[*scope.Refusal](err)
+		switch {
+		case err == nil:
+			done = append(done, fmt.Sprintf("%s (entry %d)", stopped[i].Agent, stopped[i].Event))
+		case refused:
+			p.Rule = string(r.Rule)
+			not = append(not, stopped[i].Agent+" ("+r.Message+")")
+		default:
+			s.log.ErrorContext(ctx, "an agent was not stopped", "agent", stopped[i].Agent, "error", err)
+			not = append(not, stopped[i].Agent+" (the signer's log says why)")
+		}
+	}
+	p.Detail = fmt.Sprintf("stopped: %s; not stopped: %s", cmp.Or(strings.Join(done, ", "), "none"), strings.Join(not, ", "))
+	problem.Write(w, p)
 }
 
 // document serves a document that names its agent by its SPIFFE ID.
@@ -186,16 +208,27 @@ func (a *Agent) watchPolicy(ctx context.Context) {
 	tick := time.NewTicker(policyEvery)
 	defer tick.Stop()
 	var last []byte
-	tried := false
+	var said string       // of the last failure
+	var under *credential // it was under this certificate
+	tried, again := false, false
 	for {
 		// A file that cannot be read is one that changed: it is tried again when it can.
 		text, err := readPolicy(a.policy)
-		if a.current.Load() != nil && (err != nil && (last != nil || !tried) || err == nil && !bytes.Equal(text, last)) {
-			tried, last = true, text
+		cred := a.current.Load()
+		changed := err != nil && (last != nil || !tried) || err == nil && !bytes.Equal(text, last)
+		if cred != nil && (changed || err == nil && (again && a.log.Finding() == nil || said != "" && cred != under)) {
+			tried, last, under = true, text, cred
 			if err == nil {
 				err = a.takePolicy(ctx, string(text))
 			}
-			if err != nil && ctx.Err() == nil {
+			r, refused := errors.AsType[*scope.Refusal](err)
+			// What the document says is refused once. What stands in the way of all documents may pass.
+			again = err != nil && (!refused || r.Rule == scope.RuleRollback || r.Rule == RuleNoCertificate)
+			before := said
+			if said = ""; err != nil {
+				said = err.Error()
+			}
+			if said != "" && said != before && ctx.Err() == nil {
 				a.logger.ErrorContext(ctx, "the policy file was not taken over", "agent", a.name, "file", a.policy, "error", err)
 			}
 			a.policyError.Store(&err)

@@ -4,8 +4,10 @@ import (
 	"crypto/ecdsa"
 	"crypto/elliptic"
 	"crypto/rand"
+	"crypto/x509"
 	"errors"
 	"fmt"
+	"net"
 	"os"
 	"path/filepath"
 	"strings"
@@ -13,6 +15,7 @@ import (
 	"time"
 
 	"inkan/internal/problem"
+	"inkan/internal/testca"
 	"inkan/scope"
 	"inkan/signer"
 	"inkan/signer/client"
@@ -195,4 +198,58 @@ func TestPolicyFile(t *testing.T) {
 	if p, _ := scope.ParsePolicy(policy(3, "6000")); p == nil || signed == nil {
 		t.Fatal("no policy")
 	}
+}
+
+// TestKillWithoutAnAnswer: whoever stops all agents has stopped all of them, though the
+// connection breaks before the answer.
+func TestKillWithoutAnAnswer(t *testing.T) {
+	const agents = 24
+	var config strings.Builder
+	for i := range agents {
+		fmt.Fprintf(&config, "  - {name: a%d, callers: [{user: \"%d\"}]}\n", i, 70000+i)
+	}
+	d := start(t, config.String())
+	conn, err := net.Dial("unix", d.socket)
+	if err != nil {
+		t.Fatal(err)
+	}
+	body := `{"scope":"firm","reason":"drill"}`
+	if _, err := fmt.Fprintf(conn, "POST /v1/kill HTTP/1.1\r\nHost: signer\r\nContent-Length: %d\r\n\r\n%s", len(body), body); err != nil {
+		t.Fatal(err)
+	}
+	if err := conn.Close(); err != nil {
+		t.Fatal(err)
+	}
+	c := client.New(d.socket)
+	stopped := 0
+	for end := time.Now().Add(10 * time.Second); stopped < agents && time.Now().Before(end); time.Sleep(50 * time.Millisecond) {
+		var s signer.Status
+		if err := c.Get(t.Context(), "/v1/status", &s); err != nil {
+			t.Fatal(err)
+		}
+		stopped = 0
+		for _, a := range s.Agents {
+			stopped += len(a.Controls.Kills)
+		}
+	}
+	if stopped != agents {
+		t.Errorf("%d of %d agents are stopped", stopped, agents)
+	}
+}
+
+// TestKillOfSome: the answer says which agents were stopped and which were not.
+func TestKillOfSome(t *testing.T) {
+	self, other := executables(t)
+	key, err := ecdsa.GenerateKey(elliptic.P256(), rand.Reader)
+	if err != nil {
+		t.Fatal(err)
+	}
+	d := startWith(t, agent("a", self)+agent("b", other), nil, map[string]*testca.Agent{"b": {Key: key, Chain: []*x509.Certificate{}}})
+	c := client.New(d.socket)
+	err = c.Post(t.Context(), "/v1/kill", signer.KillRequest{Scope: scope.KillFirm, Reason: "drill"}, &[]signer.Controlled{})
+	if p, ok := errors.AsType[*problem.Problem](err); !ok || p.Rule != "no_certificate" || !strings.Contains(p.Detail, "stopped: a (entry 1); not stopped: b (agent b has no certificate yet") {
+		t.Errorf("%v", err)
+	}
+	_, err = c.Sign(t.Context(), sell(t, "1"))
+	ruled(t, "after the kill", "kill", err)
 }

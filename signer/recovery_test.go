@@ -10,6 +10,7 @@ import (
 	"path/filepath"
 	"strings"
 	"testing"
+	"time"
 
 	"inkan/internal/anchor"
 	"inkan/internal/problem"
@@ -38,10 +39,11 @@ func TestRecovery(t *testing.T) {
 		t.Fatal(err)
 	}
 	defer os.RemoveAll(dir)
-	a := testca.New(t).Agent(t, "a", []byte(scopeJSON), nil)
+	key, member := person(t)
+	a := testca.New(t).Agent(t, "a", []byte(strings.Replace(scopeJSON, `"max_order_notional"`, member+`"max_order_notional"`, 1)), nil)
 	start := func(operators string) (c *client.Client, end func()) {
 		t.Helper()
-		config, err := signer.ParseConfig(fmt.Appendf(nil, "socket: s\nstate_dir: state\ntpm: none\nissuer: {url: 'https://localhost', ca: none}\nagents:\n%s    rollback_interval: 10ms\n%s", agent("a", self), operators), dir)
+		config, err := signer.ParseConfig(fmt.Appendf(nil, "socket: s\nstate_dir: state\ntpm: none\nissuer: {url: 'https://localhost', ca: none}\nagents:\n%s    rollback_interval: 10ms\n    policy: a.policy\n%s", agent("a", self), operators), dir)
 		if err != nil {
 			t.Fatal(err)
 		}
@@ -78,6 +80,20 @@ func TestRecovery(t *testing.T) {
 		t.Fatal(err)
 	}
 
+	// A policy for when it is taken up again.
+	now := time.Now().UTC().Truncate(time.Second)
+	narrow, err := scope.Parse([]byte(scopeJSON))
+	if err != nil {
+		t.Fatal(err)
+	}
+	policy, err := scope.SignPolicy(key, a.ID, 1, narrow, now, now.Add(time.Hour))
+	if err != nil {
+		t.Fatal(err)
+	}
+	if err := os.WriteFile(filepath.Join(dir, "a.policy"), []byte(policy), 0o600); err != nil {
+		t.Fatal(err)
+	}
+
 	c, end = start("operators:\n  - {user: '12345'}\n")
 	refused(c.Recover(t.Context(), "a", "it is mine", &out), http.StatusForbidden, "caller")
 	end()
@@ -105,5 +121,16 @@ func TestRecovery(t *testing.T) {
 	}
 	if _, err := c.SignJSON(t.Context(), order(client.NewID())); err != nil { // its scope has no limit over time
 		t.Errorf("after the recovery: %v", err)
+	}
+	for until := time.Now().Add(20 * time.Second); ; time.Sleep(50 * time.Millisecond) {
+		if err := c.Get(t.Context(), "/v1/status", &status); err != nil {
+			t.Fatal(err)
+		}
+		if status.Agents[0].Controls.Policy != nil && status.Agents[0].PolicyError == "" {
+			break
+		}
+		if time.Now().After(until) {
+			t.Fatalf("the policy in the file was not taken over: %s", status.Agents[0].PolicyError)
+		}
 	}
 }
