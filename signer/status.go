@@ -144,18 +144,30 @@ func (c *statusCollector) Collect(ch chan<- prometheus.Metric) {
 		return 0
 	}
 	status := c.signer.status(ctx)
+	// A limit of the agent and one of algorithms may have one window, and an algorithm no name.
+	type limit struct {
+		rule        scope.Rule
+		key, window string
+	}
 	ch <- prometheus.MustNewConstMetric(clockSet, prometheus.GaugeValue, bit(status.Clock.Jump != ""))
 	if d := status.Clock.Clock; d != nil {
 		ch <- prometheus.MustNewConstMetric(clockDivergence, prometheus.GaugeValue, float64(d.Divergence)/1e6)
 	}
 	for _, a := range status.Agents {
-		ch <- prometheus.MustNewConstMetric(killsInForce, prometheus.GaugeValue, float64(len(a.Controls.Kills)), a.Name)
+		if a.ID != "" { // otherwise it is not known what is in force
+			ch <- prometheus.MustNewConstMetric(killsInForce, prometheus.GaugeValue, float64(len(a.Controls.Kills)), a.Name)
+		}
 		if p := a.Controls.Policy; p != nil {
 			ch <- prometheus.MustNewConstMetric(policyEnds, prometheus.GaugeValue, float64(p.Expires.Unix()), a.Name)
 			ch <- prometheus.MustNewConstMetric(policyVersion, prometheus.GaugeValue, float64(p.Version), a.Name)
 		}
+		used := make(map[limit]float64)
 		for _, u := range a.Utilisation {
-			ch <- prometheus.MustNewConstMetric(limitRatio, prometheus.GaugeValue, u.Ratio(), a.Name, string(u.Limit), u.Key, u.Window.String())
+			l := limit{u.Limit, u.Key, u.Window.String()}
+			used[l] = max(used[l], u.Ratio())
+		}
+		for l, ratio := range used {
+			ch <- prometheus.MustNewConstMetric(limitRatio, prometheus.GaugeValue, ratio, a.Name, string(l.rule), l.key, l.window)
 		}
 		if a.Rollback.Bound {
 			ch <- prometheus.MustNewConstMetric(recordFound, prometheus.GaugeValue, bit(a.Rollback.Finding != nil), a.Name)
