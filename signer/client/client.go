@@ -22,8 +22,9 @@ import (
 	"inkan/scope"
 )
 
-// maxAnswer bounds an answer of the signer, in bytes.
-const maxAnswer = 1 << 20
+// maxAnswer bounds an answer of the signer, in bytes: the status of an agent with
+// all that it has takes some hundred thousand.
+const maxAnswer = 64 << 20
 
 // Client asks a signer. It is safe for concurrent use.
 type Client struct {
