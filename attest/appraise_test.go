@@ -195,8 +195,14 @@ func TestForgedEvidence(t *testing.T) {
 		"K1 signature that is empty":      {after: func(_ testing.TB, _ *fixture, ev *attest.Evidence) { ev.Keys[0].Certify.Signature = nil }},
 		"K2 certification of another key": {after: func(t testing.TB, _ *fixture, ev *attest.Evidence) { ev.Keys[0].Certify = ev.Keys[1].Certify }},
 		"K2 request for another key":      {before: func(t testing.TB, f *fixture) { f.swapCSR(t) }},
-		"K2 key for another purpose":      {after: func(_ testing.TB, _ *fixture, ev *attest.Evidence) { ev.Keys[0].Purpose = "tls" }},
-		"K2 a key too few":                {after: func(_ testing.TB, _ *fixture, ev *attest.Evidence) { ev.Keys = ev.Keys[:1] }},
+		"K2 request that its key did not sign": {before: func(_ testing.TB, f *fixture) {
+			f.dev.ChangeCSR = func(csr []byte) []byte { csr[len(csr)-1] ^= 1; return csr }
+		}},
+		"K2 request that is too large": {before: func(_ testing.TB, f *fixture) {
+			f.dev.ChangeCSR = func([]byte) []byte { return make([]byte, 5<<10) }
+		}},
+		"K2 key for another purpose": {after: func(_ testing.TB, _ *fixture, ev *attest.Evidence) { ev.Keys[0].Purpose = "tls" }},
+		"K2 a key too few":           {after: func(_ testing.TB, _ *fixture, ev *attest.Evidence) { ev.Keys = ev.Keys[:1] }},
 		"K2 one key for two purposes": {before: func(t testing.TB, f *fixture) {
 			k, _ := ecdsa.GenerateKey(elliptic.P256(), rand.Reader)
 			f.dev.Keys["action"], f.dev.Keys["tls"] = k, k

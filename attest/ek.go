@@ -10,7 +10,7 @@ import (
 	"encoding/asn1"
 	"encoding/hex"
 	"encoding/pem"
-	"errors"
+	"fmt"
 	"io"
 	"math/big"
 	"slices"
@@ -324,6 +324,9 @@ func checkEKChain(c *x509.Certificate, fromNV [][]byte, o EKOptions) error {
 	leaf := *c // the subject alternative name was judged by checkEKCertificate
 	leaf.UnhandledCriticalExtensions = nil
 	when := o.Now
+	if when.Before(c.NotBefore) {
+		return refuse("E5", "the EK certificate is valid from %s on", c.NotBefore.UTC().Format(time.RFC3339))
+	}
 	expired := o.Now.After(c.NotAfter)
 	if expired && !o.AllowExpired {
 		return refuse("E5", "the EK certificate expired at %s, and the device's record does not allow that", c.NotAfter.UTC().Format(time.RFC3339))
@@ -342,7 +345,7 @@ func checkEKRevocation(chain []*x509.Certificate, o EKOptions) error {
 	for i, c := range chain[:len(chain)-1] {
 		issuer, known := chain[i+1], false
 		for _, crl := range o.CRLs {
-			if !bytes.Equal(crl.RawIssuer, issuer.RawSubject) || crl.CheckSignatureFrom(issuer) != nil {
+			if !bytes.Equal(crl.RawIssuer, issuer.RawSubject) || crl.CheckSignatureFrom(issuer) != nil || wholeList(crl) != nil {
 				continue
 			}
 			if o.Now.Before(crl.ThisUpdate) || !o.Now.Before(crl.NextUpdate) {
@@ -383,44 +386,87 @@ func MakeCredential(e *Endorsement, name, secret []byte, random io.Reader) (*Cre
 	return &Credential{IDObject: id, EncryptedSecret: enc}, nil
 }
 
-// ParseCRLs reads revocation lists in PEM; anything else in it is an error.
-func ParseCRLs(text []byte) ([]*x509.RevocationList, error) {
-	var out []*x509.RevocationList
-	for rest := text; len(bytes.TrimSpace(rest)) > 0; {
+// Bounds on what an operator gives about a vendor.
+const (
+	maxCRLs         = 16
+	maxCertificates = 256
+)
+
+// blocks returns the contents of all blocks in a PEM text, which must be of one
+// kind. Text around them is passed over, since vendors put names there, but no block
+// is: package pem skips what it cannot read, and a missing one would not be noticed.
+func blocks(text []byte, kind string, most int) ([][]byte, error) {
+	var out [][]byte
+	for rest := text; ; {
 		var block *pem.Block
-		if block, rest = pem.Decode(rest); block == nil || block.Type != "X509 CRL" || len(out) == 16 {
-			return nil, errors.New("1 to 16 revocation lists in PEM are expected")
+		if block, rest = pem.Decode(rest); block == nil {
+			break
 		}
-		l, err := x509.ParseRevocationList(block.Bytes)
-		if err != nil {
-			return nil, err
+		if block.Type != kind || len(out) == most {
+			return nil, fmt.Errorf("1 to %d blocks %s in PEM are expected, and none of another kind", most, kind)
 		}
-		out = append(out, l)
+		out = append(out, block.Bytes)
 	}
-	if len(out) == 0 {
-		return nil, errors.New("no revocation list in PEM is there")
+	if n := bytes.Count(text, []byte("-----BEGIN ")); n != len(out) || n == 0 {
+		return nil, fmt.Errorf("%d blocks %s in PEM can be read, and %d begin: does each stand on lines of its own?", len(out), kind, n)
 	}
 	return out, nil
 }
 
-// ParseCertificates reads certificates in PEM; anything else in it is an error.
-func ParseCertificates(text []byte) ([]*x509.Certificate, error) {
-	var out []*x509.Certificate
-	for rest := text; len(bytes.TrimSpace(rest)) > 0; {
-		var block *pem.Block
-		if block, rest = pem.Decode(rest); block == nil || block.Type != "CERTIFICATE" {
-			return nil, errors.New("certificates in PEM are expected")
-		}
-		c, err := x509.ParseCertificate(block.Bytes)
+// ParseCRLs reads revocation lists in PEM; a block that is anything else, or a
+// list that is not whole, is an error.
+func ParseCRLs(text []byte) ([]*x509.RevocationList, error) {
+	list, err := blocks(text, "X509 CRL", maxCRLs)
+	if err != nil {
+		return nil, err
+	}
+	var out []*x509.RevocationList
+	for _, der := range list {
+		l, err := x509.ParseRevocationList(der)
 		if err != nil {
 			return nil, err
 		}
-		if out = append(out, c); len(out) > 256 {
-			return nil, errors.New("more than 256 certificates")
+		if err := wholeList(l); err != nil {
+			return nil, err
 		}
+		out = append(out, l)
 	}
-	if len(out) == 0 {
-		return nil, errors.New("no certificate in PEM is there")
+	return out, nil
+}
+
+// wholeList refuses a list with a critical extension, since all that there are say
+// that it is not the whole list of its CA's certificates alone: a delta, a part, or one
+// with those of other CAs (RFC 5280, sections 5.2 and 5.3).
+func wholeList(l *x509.RevocationList) error {
+	refuse := func(where string, list []pkix.Extension) error {
+		for _, e := range list {
+			if e.Critical {
+				return fmt.Errorf("the revocation list of %s has the critical extension %v%s: one that is whole is expected", l.Issuer, e.Id, where)
+			}
+		}
+		return nil
+	}
+	err := refuse("", l.Extensions)
+	for i := 0; err == nil && i < len(l.RevokedCertificateEntries); i++ {
+		err = refuse(" in an entry", l.RevokedCertificateEntries[i].Extensions)
+	}
+	return err
+}
+
+// ParseCertificates reads certificates in PEM; a block that is anything else is
+// an error.
+func ParseCertificates(text []byte) ([]*x509.Certificate, error) {
+	list, err := blocks(text, "CERTIFICATE", maxCertificates)
+	if err != nil {
+		return nil, err
+	}
+	var out []*x509.Certificate
+	for _, der := range list {
+		c, err := x509.ParseCertificate(der)
+		if err != nil {
+			return nil, err
+		}
+		out = append(out, c)
 	}
 	return out, nil
 }

@@ -176,6 +176,7 @@ func TestEK(t *testing.T) {
 		"E4 another key usage":     {hello: certificate(func(c *x509.Certificate) { c.KeyUsage = x509.KeyUsageDigitalSignature })},
 		"E4 a CA":                  {hello: certificate(func(c *x509.Certificate) { c.IsCA = true })},
 		"E5 expired":               {hello: expired},
+		"E5 not valid yet":         {hello: certificate(func(c *x509.Certificate) { c.NotBefore = time.Now().Add(time.Minute) })},
 		"E5 revoked":               {options: func(o *attest.EKOptions) { o.CRLs = []*x509.RevocationList{v.crl(t, time.Now().Add(time.Hour), 77)} }},
 		"E5 no CRL":                {options: func(o *attest.EKOptions) { o.RequireCRL = true }},
 		"E5 CRL that is over": {options: func(o *attest.EKOptions) {

@@ -534,6 +534,12 @@ func TestInventory(t *testing.T) {
 	if err := o.admin.AddAgent(t.Context(), issuer.Agent{Name: "b", Device: "host1", Scope: `{"version":1}`}); err == nil {
 		t.Error("an agent without a valid scope")
 	}
+	for name, d := range map[string]issuer.Device{"an expired certificate": {AllowExpired: true}, "revocation lists": {CRLs: "-----BEGIN"}, "intermediates": {Intermediates: "-----BEGIN"}} {
+		d.ID, d.EK = "host3", strings.Repeat("ab", 32)
+		if err := o.admin.AddDevice(t.Context(), d); err == nil || !strings.Contains(err.Error(), "pinned") {
+			t.Errorf("%s for a pinned EK, of which no certificate is asked: %v", name, err)
+		}
+	}
 	p, err := attest.SignPolicy(newKey(t), "theirs", o.dev.Values(selection), attest.PolicyRef("example.org"))
 	o.must(t, err)
 	if err := o.admin.AddPolicy(t.Context(), issuer.Policy{Device: "*", Approved: *p}); err == nil {

@@ -294,6 +294,9 @@ func (s *store) addDevice(ctx context.Context, d Device, now time.Time) error {
 	case d.Unattested && (d.Roots != "" || d.Intermediates != "" || d.CRLs != "" || d.AllowExpired || d.UnsafeClock || d.MinFirmware != 0):
 		return fmt.Errorf("device %s: %w: a host without a TPM has its key's SHA-256 and nothing of a TPM", d.ID, ErrInvalid)
 	}
+	if d.Roots == "" && (d.Intermediates != "" || d.CRLs != "" || d.AllowExpired) {
+		return fmt.Errorf("device %s: %w: its EK is pinned, so no certificate of it is asked, and intermediates, revocation lists and expired certificates stand for nothing: give roots with them", d.ID, ErrInvalid)
+	}
 	for name, pem := range map[string]string{"roots": d.Roots, "intermediates": d.Intermediates} {
 		if pem == "" {
 			continue

@@ -312,7 +312,7 @@ func deviceAdd(e *env, c *cli.Context) error {
 				if err != nil {
 					return err
 				}
-				*f.to += string(b)
+				*f.to += string(b) + "\n" // the file's last line may have no end
 			}
 		}
 		for _, path := range c.StringSlice("ek-crl") {
@@ -323,7 +323,7 @@ func deviceAdd(e *env, c *cli.Context) error {
 			if !strings.HasPrefix(string(b), "-----BEGIN") {
 				b = pem.EncodeToMemory(&pem.Block{Type: "X509 CRL", Bytes: b})
 			}
-			d.CRLs += string(b)
+			d.CRLs += string(b) + "\n"
 		}
 		if err := cl.AddDevice(c.Context, d); err != nil {
 			return err
