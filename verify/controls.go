@@ -1,6 +1,8 @@
 package verify
 
 import (
+	"bytes"
+	"cmp"
 	"context"
 	"crypto/sha256"
 	"crypto/x509"
@@ -205,30 +207,33 @@ type KillList struct {
 	MaxAge time.Duration // since its this_update; besides, its next_update must not have passed
 	Reload time.Duration // after what time it is got again, to see new kills; 0 is a tenth of MaxAge
 
-	mu     sync.Mutex
-	list   *scope.KillList
-	loaded time.Time
-	tried  time.Time
-	err    error
+	renewal renewal
+	list    *scope.KillList
+	signer  []byte // whose list it is: the issuer's SubjectPublicKeyInfo
 }
 
 // Check implements [Kills].
 func (l *KillList) Check(ctx context.Context, agent, venue string, issuer *x509.Certificate, now time.Time) error {
-	l.mu.Lock()
-	defer l.mu.Unlock()
+	l.renewal.mu.Lock()
+	defer l.renewal.mu.Unlock()
 	reload := l.Reload
 	if reload == 0 {
 		reload = l.MaxAge / 10
 	}
-	if (l.list == nil || now.Sub(l.loaded) > reload) && (l.err == nil || now.Sub(l.tried) >= time.Second) {
-		l.tried = now
-		l.err = l.reload(ctx, issuer, now)
+	another := l.list != nil && !bytes.Equal(l.signer, issuer.RawSubjectPublicKeyInfo)
+	if !another && (l.list == nil || now.Sub(l.renewal.loaded) > reload) {
+		l.renewal.due(ctx, l.list != nil && !l.old(now), now, func(ctx context.Context) (func() error, error) {
+			list, err := l.get(ctx, issuer)
+			return func() error { return l.place(list, issuer) }, err
+		})
 	}
 	switch {
 	case l.list == nil:
-		return fmt.Errorf("there is no kill list: %w", l.err)
-	case now.After(l.list.NextUpdate) || now.Sub(l.list.ThisUpdate) > l.MaxAge:
-		return fmt.Errorf("the kill list is from %s, at most %s old is accepted (%v)", l.list.ThisUpdate.UTC().Format(time.RFC3339), l.MaxAge, l.err)
+		return fmt.Errorf("there is no kill list: %w", cmp.Or(l.renewal.err, errUnderWay))
+	case !bytes.Equal(l.signer, issuer.RawSubjectPublicKeyInfo):
+		return errors.New("the kill list is of another CA")
+	case l.old(now):
+		return fmt.Errorf("the kill list is from %s, at most %s old is accepted (%v)", l.list.ThisUpdate.UTC().Format(time.RFC3339), l.MaxAge, l.renewal.err)
 	}
 	for i := range l.list.Kills {
 		if k := &l.list.Kills[i]; k.Stops(agent) && (k.Scope != scope.KillVenue || k.Venue == venue) {
@@ -238,19 +243,24 @@ func (l *KillList) Check(ctx context.Context, agent, venue string, issuer *x509.
 	return nil
 }
 
-func (l *KillList) reload(ctx context.Context, issuer *x509.Certificate, now time.Time) error {
+func (l *KillList) old(now time.Time) bool {
+	return now.After(l.list.NextUpdate) || now.Sub(l.list.ThisUpdate) > l.MaxAge
+}
+
+func (l *KillList) get(ctx context.Context, issuer *x509.Certificate) (*scope.KillList, error) {
 	b, err := l.Load(ctx)
 	if err != nil {
-		return err
+		return nil, err
 	}
-	list, err := scope.ParseKillList(strings.TrimSuffix(string(b), "\n"), issuer.PublicKey)
-	if err != nil {
-		return err
-	}
+	return scope.ParseKillList(strings.TrimSuffix(string(b), "\n"), issuer.PublicKey)
+}
+
+// place puts a list that was got into the place of the one before.
+func (l *KillList) place(list *scope.KillList, issuer *x509.Certificate) error {
 	if l.list != nil && list.Number < l.list.Number {
 		return errors.New("the kill list is older than the one before")
 	}
-	l.list, l.loaded = list, now
+	l.list, l.signer = list, issuer.RawSubjectPublicKeyInfo
 	return nil
 }
 

@@ -2,6 +2,7 @@ package verify
 
 import (
 	"bytes"
+	"cmp"
 	"context"
 	"crypto/x509"
 	"errors"
@@ -45,32 +46,34 @@ type CRL struct {
 	// tenth of MaxAge.
 	Reload time.Duration
 
-	mu     sync.Mutex
-	list   *x509.RevocationList
-	set    map[string]time.Time
-	loaded time.Time
-	tried  time.Time
-	err    error
+	renewal renewal
+	list    *x509.RevocationList
+	signer  []byte // whose list it is: the issuer's SubjectPublicKeyInfo
+	set     map[string]time.Time
 }
 
 // Check implements Revocation.
 func (l *CRL) Check(ctx context.Context, c, issuer *x509.Certificate, now time.Time) error {
-	l.mu.Lock()
-	defer l.mu.Unlock()
+	l.renewal.mu.Lock()
+	defer l.renewal.mu.Unlock()
 	reload := l.Reload
 	if reload == 0 {
 		reload = l.MaxAge / 10
 	}
-	if l.list == nil || now.Sub(l.loaded) > reload {
-		l.reload(ctx, issuer, now)
+	another := l.list != nil && !bytes.Equal(l.signer, issuer.RawSubjectPublicKeyInfo)
+	if !another && (l.list == nil || now.Sub(l.renewal.loaded) > reload) {
+		l.renewal.due(ctx, l.list != nil && !l.old(now), now, func(ctx context.Context) (func() error, error) {
+			list, err := l.get(ctx, issuer)
+			return func() error { return l.place(list, issuer) }, err
+		})
 	}
 	switch {
 	case l.list == nil:
-		return fmt.Errorf("there is no revocation list: %w", l.err)
-	case now.After(l.list.NextUpdate) || now.Sub(l.list.ThisUpdate) > l.MaxAge:
-		return fmt.Errorf("the revocation list is from %s, at most %s old is accepted (%v)", l.list.ThisUpdate.UTC().Format(time.RFC3339), l.MaxAge, l.err)
-	case !bytes.Equal(l.list.RawIssuer, issuer.RawSubject):
+		return fmt.Errorf("there is no revocation list: %w", cmp.Or(l.renewal.err, errUnderWay))
+	case !bytes.Equal(l.signer, issuer.RawSubjectPublicKeyInfo) || !bytes.Equal(l.list.RawIssuer, issuer.RawSubject):
 		return errors.New("the revocation list is of another CA")
+	case l.old(now):
+		return fmt.Errorf("the revocation list is from %s, at most %s old is accepted (%v)", l.list.ThisUpdate.UTC().Format(time.RFC3339), l.MaxAge, l.renewal.err)
 	}
 	if at, ok := l.set[string(c.SerialNumber.Bytes())]; ok {
 		return revoked(c, at)
@@ -78,25 +81,24 @@ func (l *CRL) Check(ctx context.Context, c, issuer *x509.Certificate, now time.T
 	return nil
 }
 
-// reload gets the list again. If that fails the one that is there serves until
-// it is too old; a source that fails is asked once a second.
-func (l *CRL) reload(ctx context.Context, issuer *x509.Certificate, now time.Time) {
-	if l.err != nil && now.Sub(l.tried) < time.Second {
-		return
-	}
-	l.tried = now
-	list, err := l.get(ctx, issuer)
-	if l.err = err; err != nil {
-		return
-	}
+// errUnderWay is that a list was not there when the request could wait no longer.
+var errUnderWay = errors.New("its source has not answered yet")
+
+func (l *CRL) old(now time.Time) bool {
+	return now.After(l.list.NextUpdate) || now.Sub(l.list.ThisUpdate) > l.MaxAge
+}
+
+// place puts a list that was got into the place of the one before. If none is got the one
+// that is there serves until it is too old.
+func (l *CRL) place(list *x509.RevocationList, issuer *x509.Certificate) error {
 	if l.list != nil && list.Number != nil && l.list.Number != nil && list.Number.Cmp(l.list.Number) < 0 {
-		l.err = errors.New("the revocation list is older than the one before")
-		return
+		return errors.New("the revocation list is older than the one before")
 	}
-	l.list, l.loaded, l.set = list, now, make(map[string]time.Time, len(list.RevokedCertificateEntries))
+	l.list, l.signer, l.set = list, issuer.RawSubjectPublicKeyInfo, make(map[string]time.Time, len(list.RevokedCertificateEntries))
 	for _, e := range list.RevokedCertificateEntries {
 		l.set[string(e.SerialNumber.Bytes())] = e.RevocationTime
 	}
+	return nil
 }
 
 func (l *CRL) get(ctx context.Context, issuer *x509.Certificate) (*x509.RevocationList, error) {
