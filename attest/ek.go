@@ -23,6 +23,7 @@ import (
 const (
 	maxCertificate = 8 << 10 // bytes
 	maxChain       = 8       // certificates
+	maxChainBytes  = 32 << 10
 )
 
 // TCG object identifiers (TCG EK Credential Profile, sections 3.1 and 3.2).
@@ -121,7 +122,7 @@ func CutCertificate(nv []byte) (*x509.Certificate, error) {
 	if err != nil || raw.Tag != asn1.TagSequence || raw.Class != asn1.ClassUniversal {
 		return nil, refuse("E1", "NV does not begin with a certificate in DER")
 	}
-	if len(bytes.Trim(rest, "\x00")) != 0 && len(bytes.Trim(rest, "\xff")) != 0 {
+	if bytes.Count(rest, []byte{0x00}) != len(rest) && bytes.Count(rest, []byte{0xff}) != len(rest) {
 		return nil, refuse("E1", "%d bytes follow the EK certificate that are not padding", len(rest))
 	}
 	cert, err := x509.ParseCertificate(raw.FullBytes)
@@ -308,17 +309,17 @@ func checkEKChain(c *x509.Certificate, fromNV [][]byte, o EKOptions) error {
 		return refuse("E2", "the device's record has no roots")
 	}
 	if len(fromNV) > maxChain {
-		return refuse("E2", "%d intermediate certificates, at most %d are expected", len(fromNV), maxChain)
+		return refuse("E2", "intermediate certificates from %d NV indexes, at most %d are expected", len(fromNV), maxChain)
 	}
 	pool := x509.NewCertPool()
 	for _, i := range o.Intermediates {
 		pool.AddCert(i)
 	}
-	for _, der := range fromNV {
-		i, err := CutCertificate(der)
-		if err != nil {
-			return refuse("E2", "intermediate certificate: %v", err)
-		}
+	chain, err := chainCertificates(bytes.Join(fromNV, nil))
+	if err != nil {
+		return err
+	}
+	for _, i := range chain {
 		pool.AddCert(i)
 	}
 	leaf := *c // the subject alternative name was judged by checkEKCertificate
@@ -339,6 +340,34 @@ func checkEKChain(c *x509.Certificate, fromNV [][]byte, o EKOptions) error {
 		return refuse("E2", "the EK certificate does not chain to a pinned root: %v", err)
 	}
 	return checkEKRevocation(chains[0], o)
+}
+
+// chainCertificates reads what the NV indexes of the maker's CAs hold: certificates
+// one after the other, perhaps with padding behind each. Some TPMs have one in each index,
+// Intel's firmware TPM has all in one.
+func chainCertificates(nv []byte) ([]*x509.Certificate, error) {
+	if len(nv) > maxChainBytes {
+		return nil, refuse("E2", "the intermediate certificates have %d bytes, at most %d are expected", len(nv), maxChainBytes)
+	}
+	var out []*x509.Certificate
+	for {
+		for len(nv) > 0 && (nv[0] == 0x00 || nv[0] == 0xff) {
+			nv = nv[1:]
+		}
+		if len(nv) == 0 {
+			return out, nil
+		}
+		var raw asn1.RawValue
+		rest, err := asn1.Unmarshal(nv, &raw)
+		if err != nil || len(out) == maxChain {
+			return nil, refuse("E2", "what follows %d intermediate certificates is none, or one too many: at most %d are expected", len(out), maxChain)
+		}
+		c, err := x509.ParseCertificate(raw.FullBytes)
+		if err != nil {
+			return nil, refuse("E2", "intermediate certificate %d is malformed: %v", len(out)+1, err)
+		}
+		out, nv = append(out, c), rest
+	}
 }
 
 func checkEKRevocation(chain []*x509.Certificate, o EKOptions) error {

@@ -1,6 +1,7 @@
 package attest_test
 
 import (
+	"bytes"
 	"crypto/ecdsa"
 	"crypto/elliptic"
 	"crypto/rand"
@@ -79,6 +80,23 @@ func (v *vendor) issue(t testing.TB, key any, change func(*x509.Certificate)) []
 	return der
 }
 
+// ca makes a CA below.
+func (v *vendor) ca(t testing.TB, name string) (*vendor, []byte) {
+	t.Helper()
+	k, err := ecdsa.GenerateKey(elliptic.P256(), rand.Reader)
+	if err != nil {
+		t.Fatal(err)
+	}
+	der := v.issue(t, &k.PublicKey, func(c *x509.Certificate) {
+		c.Subject, c.IsCA, c.KeyUsage, c.UnknownExtKeyUsage, c.ExtraExtensions = pkix.Name{CommonName: name}, true, x509.KeyUsageCertSign, nil, nil
+	})
+	c, err := x509.ParseCertificate(der)
+	if err != nil {
+		t.Fatal(err)
+	}
+	return &vendor{k, c}, der
+}
+
 func (v *vendor) crl(t testing.TB, next time.Time, serials ...int64) *x509.RevocationList {
 	t.Helper()
 	l := &x509.RevocationList{Number: big.NewInt(1), ThisUpdate: time.Now().Add(-time.Hour), NextUpdate: next}
@@ -151,6 +169,20 @@ func TestEK(t *testing.T) {
 		return func(h *attest.Hello) { h.EKCertificate = der }
 	}
 	expired := certificate(func(c *x509.Certificate) { c.NotAfter = time.Now().Add(-time.Minute) })
+	// under has the EK certified by a CA two steps below the root, whose
+	// certificates are one after the other in NV, as Intel's firmware TPM has them.
+	under := func(padding int, split bool) func(*attest.Hello) {
+		return func(h *attest.Hello) {
+			first, one := v.ca(t, "first")
+			second, two := first.ca(t, "second")
+			h.EKCertificate = second.issue(t, key, nil)
+			all := append(append(append(bytes.Clone(one), make([]byte, padding)...), two...), bytes.Repeat([]byte{0xff}, padding)...)
+			h.EKChain = [][]byte{all}
+			if split {
+				h.EKChain = [][]byte{all[:100], all[100 : len(one)+50], all[len(one)+50:]}
+			}
+		}
+	}
 	for name, c := range map[string]struct {
 		hello   func(*attest.Hello)
 		options func(*attest.EKOptions)
@@ -163,12 +195,24 @@ func TestEK(t *testing.T) {
 		}},
 		"ok expired, and the record allows it": {hello: expired, options: func(o *attest.EKOptions) { o.AllowExpired = true }},
 		"E1 bytes behind the certificate":      {hello: func(h *attest.Hello) { h.EKCertificate = append(h.EKCertificate, 1, 2) }},
-		"E1 no certificate in NV":              {hello: func(h *attest.Hello) { h.EKCertificate = []byte{0xff, 0xff} }},
-		"E1 a certificate that is too large":   {hello: func(h *attest.Hello) { h.EKCertificate = append(h.EKCertificate, make([]byte, 9<<10)...) }},
-		"E2 another vendor":                    {hello: func(h *attest.Hello) { h.EKCertificate = newVendor(t).issue(t, key, nil) }},
-		"E2 too many intermediates":            {hello: func(h *attest.Hello) { h.EKChain = make([][]byte, 9) }},
-		"E2 no roots":                          {options: func(o *attest.EKOptions) { o.Roots = nil }},
-		"E3 critical name without the TPM's":   {hello: certificate(func(c *x509.Certificate) { c.ExtraExtensions = []pkix.Extension{san(t, tpmOIDs[:2]...)} })},
+		"E1 bytes that are no text behind it":  {hello: func(h *attest.Hello) { h.EKCertificate = append(h.EKCertificate, 0x80, 0x91, 0xfe) }},
+		"E1 both kinds of padding":             {hello: func(h *attest.Hello) { h.EKCertificate = append(h.EKCertificate, 0, 0xff) }},
+		"ok with two CAs in one NV index":      {hello: under(0, false)},
+		"ok with two CAs, padded":              {hello: under(7, false)},
+		"ok with two CAs over NV indexes":      {hello: under(0, true)},
+		"E2 a CA is missing":                   {hello: func(h *attest.Hello) { under(0, false)(h); h.EKChain[0] = h.EKChain[0][:len(h.EKChain[0])/2] }},
+		"E2 CAs without an end":                {hello: func(h *attest.Hello) { under(0, false)(h); h.EKChain[0] = bytes.Repeat(h.EKChain[0], 5) }},
+		"E2 bytes behind the CAs":              {hello: func(h *attest.Hello) { under(0, false)(h); h.EKChain[0] = append(h.EKChain[0], 1, 2) }},
+		"E2 a chain that is too large": {hello: func(h *attest.Hello) {
+			under(0, false)(h)
+			h.EKChain[0] = append(h.EKChain[0], make([]byte, 40<<10)...)
+		}},
+		"E1 no certificate in NV":            {hello: func(h *attest.Hello) { h.EKCertificate = []byte{0xff, 0xff} }},
+		"E1 a certificate that is too large": {hello: func(h *attest.Hello) { h.EKCertificate = append(h.EKCertificate, make([]byte, 9<<10)...) }},
+		"E2 another vendor":                  {hello: func(h *attest.Hello) { h.EKCertificate = newVendor(t).issue(t, key, nil) }},
+		"E2 too many intermediates":          {hello: func(h *attest.Hello) { h.EKChain = make([][]byte, 9) }},
+		"E2 no roots":                        {options: func(o *attest.EKOptions) { o.Roots = nil }},
+		"E3 critical name without the TPM's": {hello: certificate(func(c *x509.Certificate) { c.ExtraExtensions = []pkix.Extension{san(t, tpmOIDs[:2]...)} })},
 		"E3 unknown critical extension": {hello: certificate(func(c *x509.Certificate) {
 			c.ExtraExtensions = append(c.ExtraExtensions, pkix.Extension{Id: asn1.ObjectIdentifier{1, 2, 3}, Critical: true, Value: []byte{5, 0}})
 		})},

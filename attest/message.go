@@ -18,7 +18,7 @@ const (
 type Hello struct {
 	Agent         string   `json:"agent"`
 	EKCertificate []byte   `json:"ek_certificate,omitempty"` // DER, as found in NV: padding allowed (E1)
-	EKChain       [][]byte `json:"ek_chain,omitempty"`       // DER intermediates from NV 0x01c00100..0x01c001ff
+	EKChain       [][]byte `json:"ek_chain,omitempty"`       // what NV 0x01c00100..0x01c001ff hold, in their order: DER intermediates, padding allowed
 	EKPublic      []byte   `json:"ek_public"`
 	SRKPublic     []byte   `json:"srk_public"`
 	AKPublic      []byte   `json:"ak_public"`

@@ -24,14 +24,15 @@ const (
 // high range: RSA-2048, P-256, P-384, P-521, RSA-3072, RSA-4096.
 var ekCertificates = []uint32{0x01c00002, 0x01c0000a, 0x01c00012, 0x01c00014, 0x01c00016, 0x01c00018, 0x01c0001c, 0x01c0001e}
 
-// maxNV bounds what is read from an NV index, in bytes.
-const maxNV = 8 << 10
+// maxNV bounds what is read from an NV index, in bytes: Intel's firmware TPM has
+// the certificates of several CAs in one.
+const maxNV = 16 << 10
 
 // EK is an endorsement key.
 type EK struct {
 	Public      []byte   // TPMT_PUBLIC
 	Certificate []byte   // as in NV, perhaps padded; empty: the TPM has none for it
-	Chain       [][]byte // certificates of the maker's CAs in NV
+	Chain       [][]byte // what NV has of the maker's CAs, by index
 
 	handle   tpm2.TPMHandle // persistent; 0: made from the template
 	template []byte
@@ -201,6 +202,9 @@ func (d *Device) readNV(index tpm2.TPMHandle) ([]byte, error) {
 		rsp, err := tpm2.NVRead{AuthHandle: auth, NVIndex: tpm2.NamedHandle{Handle: index, Name: rsp.NVName}, Size: uint16(n), Offset: uint16(len(out))}.Execute(d.link)
 		if err != nil {
 			return nil, explainHierarchy(fmt.Sprintf("reading NV index %#x", uint32(index)), err)
+		}
+		if len(rsp.Data.Buffer) == 0 {
+			return nil, fmt.Errorf("NV index %#x ends after %d of its %d bytes", uint32(index), len(out), size)
 		}
 		out = append(out, rsp.Data.Buffer...)
 	}
