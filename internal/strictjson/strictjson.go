@@ -8,6 +8,7 @@ import (
 	"bytes"
 	"errors"
 	"fmt"
+	"io"
 	"strings"
 
 	"github.com/go-json-experiment/json"
@@ -138,8 +139,11 @@ func FromYAML(b []byte, max int) ([]byte, error) {
 	if err := dec.Decode(&doc); err != nil {
 		return nil, fmt.Errorf("YAML: %w", err)
 	}
-	if err := dec.Decode(new(yaml.Node)); err == nil {
+	switch err := dec.Decode(new(yaml.Node)); {
+	case err == nil:
 		return nil, errors.New("YAML: more than one document")
+	case err != io.EOF: // such as a member after the last brace
+		return nil, fmt.Errorf("after the document: %w", err)
 	}
 	var out bytes.Buffer
 	if doc.Kind != yaml.DocumentNode || len(doc.Content) != 1 {

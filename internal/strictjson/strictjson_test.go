@@ -49,6 +49,8 @@ func TestYAML(t *testing.T) {
 		"name: !foo a":          "",
 		"? [a]\n: b":            "plain string",
 		"colour: a":             "unknown member",
+		"{name: a}\nn: 5":       "after the document",
+		"{name: a}}":            "after the document",
 		"":                      "YAML",
 		"n: yes":                "/n",
 	} {
