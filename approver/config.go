@@ -9,6 +9,7 @@ import (
 	"strings"
 	"time"
 
+	"inkan/internal/certext"
 	"inkan/internal/postgres"
 	"inkan/internal/strictjson"
 	"inkan/scope"
@@ -69,6 +70,9 @@ func (c *Config) validate(dir string) error {
 		if v == "" {
 			return fmt.Errorf("%s is missing", name)
 		}
+	}
+	if !certext.ValidTrustDomain(c.TrustDomain) {
+		return fmt.Errorf("trust_domain %.80q: a name such as example.org is expected", c.TrustDomain)
 	}
 	below := func(p *string) {
 		if *p != "" && !filepath.IsAbs(*p) {

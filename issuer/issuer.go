@@ -36,17 +36,17 @@ const maxRequest = 128 << 10
 
 // Config is an issuer's configuration file, issuer.yaml in its directory.
 type Config struct {
-	TrustDomain   string   `json:"trust_domain"`   // of SPIFFE IDs
-	CAKey         string   `json:"ca_key"`         // key URI
-	PolicyKey     string   `json:"policy_key"`     // key URI; for inkan issuer policy approve, never used by the server
-	AgentListen   string   `json:"agent_listen"`   // host:port of the agents' API
-	AdminListen   string   `json:"admin_listen"`   // host:port of the administrators' API
-	PublicListen  string   `json:"public_listen"`  // host:port of CRL, OCSP and CA certificate
-	MetricsListen string   `json:"metrics_listen"` // host:port of metrics and health; empty: none
-	PublicURL     string   `json:"public_url"`     // how the world reaches PublicListen; stands in certificates
-	ServerNames   []string `json:"server_names"`   // DNS names and addresses in the servers' certificate
-	Lifetime      string   `json:"lifetime"`       // of agents' certificates, at most 24h
-	CRLLifetime   string   `json:"crl_lifetime"`   // until a CRL's next update
+	TrustDomain   string   `json:"trust_domain"`             // of SPIFFE IDs
+	CAKey         string   `json:"ca_key"`                   // key URI
+	PolicyKey     string   `json:"policy_key"`               // key URI; for inkan issuer policy approve, never used by the server
+	AgentListen   string   `json:"agent_listen"`             // host:port of the agents' API
+	AdminListen   string   `json:"admin_listen"`             // host:port of the administrators' API
+	PublicListen  string   `json:"public_listen"`            // host:port of CRL, OCSP and CA certificate
+	MetricsListen string   `json:"metrics_listen,omitempty"` // host:port of metrics and health; empty: none
+	PublicURL     string   `json:"public_url"`               // how the world reaches PublicListen; stands in certificates
+	ServerNames   []string `json:"server_names"`             // DNS names and addresses in the servers' certificate
+	Lifetime      string   `json:"lifetime"`                 // of agents' certificates, at most 24h
+	CRLLifetime   string   `json:"crl_lifetime"`             // until a CRL's next update
 
 	// Regions is a geofeed or MMDB file that says where addresses are, for scopes
 	// with source_regions; read again when it changes. Relative: below the issuer's directory.
@@ -65,7 +65,7 @@ func ParseConfig(b []byte) (*Config, error) {
 }
 
 func (c *Config) validate() error {
-	if c.TrustDomain == "" || len(c.TrustDomain) > 255 || strings.Trim(c.TrustDomain, "abcdefghijklmnopqrstuvwxyz0123456789.-_") != "" {
+	if !certext.ValidTrustDomain(c.TrustDomain) {
 		return fmt.Errorf("issuer.yaml: trust_domain %.80q: a name such as example.org is expected", c.TrustDomain)
 	}
 	for name, v := range map[string]string{"ca_key": c.CAKey, "agent_listen": c.AgentListen, "admin_listen": c.AdminListen, "public_listen": c.PublicListen} {

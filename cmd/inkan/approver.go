@@ -14,7 +14,6 @@ import (
 	"net"
 	"os"
 	"path/filepath"
-	"strings"
 	"time"
 
 	"github.com/coreos/go-systemd/v22/daemon"
@@ -86,15 +85,41 @@ func approverInit(e *env, c *cli.Context) error {
 	if _, err := os.Stat(filepath.Join(dir, approverConfig)); err == nil {
 		return fmt.Errorf("%s has an approver already", dir)
 	}
-	if err := os.MkdirAll(dir, 0o700); err != nil {
-		return err
-	}
 	if ca, err = filepath.Abs(ca); err != nil {
 		return err
 	}
-	uri := c.String("key")
+	if _, err := readPool(ca); err != nil {
+		return err
+	}
+	uri, err := keyuri.Absolute(c.String("key"))
+	if err != nil {
+		return err
+	}
+	made := filepath.Join(dir, "approver.key")
 	if uri == "" {
-		if uri, err = newKey(filepath.Join(dir, "approver.key")); err != nil {
+		uri = "file:" + made
+	}
+	config := approver.Config{Listen: c.String("listen"), TrustDomain: domain, Key: uri, Certificate: "tls.pem", CertificateKey: "tls.key", CA: ca, CRL: crl, Record: c.String("record")}
+	if f := c.String("record-password-file"); f != "" {
+		if config.PasswordFile, err = filepath.Abs(f); err != nil {
+			return err
+		}
+	}
+	for _, a := range c.StringSlice("agent") {
+		config.Agents = append(config.Agents, approver.AgentConfig{Name: a})
+	}
+	yaml, err := strictjson.ToYAML(config)
+	if err != nil {
+		return err
+	}
+	if _, err := approver.ParseConfig(yaml, dir); err != nil { // before anything is written
+		return err
+	}
+	if err := os.MkdirAll(dir, 0o700); err != nil {
+		return err
+	}
+	if c.String("key") == "" {
+		if _, err = newKey(made); err != nil {
 			return err
 		}
 	}
@@ -123,24 +148,7 @@ func approverInit(e *env, c *cli.Context) error {
 	if err != nil {
 		return err
 	}
-	config := approver.Config{Listen: c.String("listen"), TrustDomain: domain, Key: uri, Certificate: "tls.pem", CertificateKey: "tls.key", CA: ca, CRL: crl, Record: c.String("record")}
-	if f := c.String("record-password-file"); f != "" {
-		if config.PasswordFile, err = filepath.Abs(f); err != nil {
-			return err
-		}
-	}
-	for _, a := range c.StringSlice("agent") {
-		config.Agents = append(config.Agents, approver.AgentConfig{Name: a})
-	}
-	text, err := strictjson.Marshal(config)
-	if err != nil {
-		return err
-	}
-	yaml := strings.NewReplacer(`","`, "\",\n \"", `{"`, "{\n \"", `"}`, "\"\n}", `],"`, "],\n \"").Replace(string(text)) + "\n" // JSON is YAML
-	if _, err := approver.ParseConfig([]byte(yaml), dir); err != nil {
-		return err
-	}
-	for file, b := range map[string][]byte{"tls.pem": certificate, approverPublic: pem.EncodeToMemory(&pem.Block{Type: "PUBLIC KEY", Bytes: spki}), approverConfig: []byte(yaml)} {
+	for file, b := range map[string][]byte{"tls.pem": certificate, approverPublic: pem.EncodeToMemory(&pem.Block{Type: "PUBLIC KEY", Bytes: spki}), approverConfig: yaml} {
 		if err := durable.WriteFile(filepath.Join(dir, file), b, 0o644); err != nil {
 			return err
 		}

@@ -121,10 +121,18 @@ func agentStatus(name, usage, status string) *cli.Command {
 	}}
 }
 
+// mustNotExist keeps a key from being overwritten.
+func mustNotExist(path string) error {
+	if _, err := os.Lstat(path); !errors.Is(err, fs.ErrNotExist) {
+		return fmt.Errorf("%s exists: a key is not overwritten", path)
+	}
+	return nil
+}
+
 // newKey makes a P-256 key in a file and returns its URI.
 func newKey(path string) (string, error) {
-	if _, err := os.Stat(path); !errors.Is(err, fs.ErrNotExist) {
-		return "", fmt.Errorf("%s exists: a key is not overwritten", path)
+	if err := mustNotExist(path); err != nil {
+		return "", err
 	}
 	k, err := ecdsa.GenerateKey(elliptic.P256(), rand.Reader)
 	if err != nil {
@@ -149,24 +157,17 @@ func issuerInit(e *env, c *cli.Context) error {
 	if _, err := os.Stat(filepath.Join(dir, issuer.ConfigFile)); err == nil {
 		return fmt.Errorf("%s has an issuer already", dir)
 	}
-	if err := os.MkdirAll(dir, 0o700); err != nil {
-		return err
-	}
 	uri := func(flag, file string) (string, error) {
 		if v := c.String(flag); v != "" {
-			return v, nil
+			return keyuri.Absolute(v)
 		}
-		return newKey(filepath.Join(dir, file))
+		return "file:" + filepath.Join(dir, file), nil
 	}
 	ca, err := uri("ca-key", issuer.CAKeyFile)
 	if err != nil {
 		return err
 	}
 	policy, err := uri("policy-key", issuer.PolicyKeyFile)
-	if err != nil {
-		return err
-	}
-	admin, err := newKey(filepath.Join(dir, issuer.AdminKeyFile))
 	if err != nil {
 		return err
 	}
@@ -184,12 +185,27 @@ func issuerInit(e *env, c *cli.Context) error {
 			return err
 		}
 	}
-	config, err := strictjson.Marshal(issuer.Config{Regions: regions, TrustDomain: domain, CAKey: ca, PolicyKey: policy, AgentListen: c.String("agent-listen"), AdminListen: c.String("admin-listen"),
+	yaml, err := strictjson.ToYAML(issuer.Config{Regions: regions, TrustDomain: domain, CAKey: ca, PolicyKey: policy, AgentListen: c.String("agent-listen"), AdminListen: c.String("admin-listen"),
 		PublicListen: c.String("public-listen"), PublicURL: public, ServerNames: names, Lifetime: c.String("lifetime"), CRLLifetime: "1h"})
 	if err != nil {
 		return err
 	}
-	yaml := strings.NewReplacer(`","`, "\",\n \"", `{"`, "{\n \"", `"}`, "\"\n}", `],"`, "],\n \"").Replace(string(config)) + "\n" // JSON is YAML
+	if _, err := issuer.ParseConfig(yaml); err != nil { // before anything is written
+		return err
+	}
+	if err := os.MkdirAll(dir, 0o700); err != nil {
+		return err
+	}
+	made := map[string]string{"ca-key": issuer.CAKeyFile, "policy-key": issuer.PolicyKeyFile, "": issuer.AdminKeyFile}
+	for flag, file := range made {
+		if flag != "" && c.String(flag) != "" {
+			continue
+		}
+		if _, err := newKey(filepath.Join(dir, file)); err != nil {
+			return err
+		}
+	}
+	admin := "file:" + filepath.Join(dir, issuer.AdminKeyFile)
 	var keys []crypto.Signer
 	for _, u := range []string{ca, policy, admin} {
 		k, closer, err := keyuri.Open(u)
@@ -199,7 +215,7 @@ func issuerInit(e *env, c *cli.Context) error {
 		defer closer.Close()
 		keys = append(keys, k)
 	}
-	if err := issuer.Init(c.Context, dir, []byte(yaml), c.String("name"), keys[0], keys[1].Public(), keys[2].Public(), slog.New(slog.DiscardHandler)); err != nil {
+	if err := issuer.Init(c.Context, dir, yaml, c.String("name"), keys[0], keys[1].Public(), keys[2].Public(), slog.New(slog.DiscardHandler)); err != nil {
 		return err
 	}
 	return e.show(c, map[string]string{"dir": dir, "ca": filepath.Join(dir, issuer.CAFile)}, func() {

@@ -12,6 +12,7 @@ import (
 
 	"inkan/attest"
 	"inkan/internal/durable"
+	"inkan/internal/keyuri"
 	"inkan/tpm"
 )
 
@@ -47,6 +48,13 @@ func tpmCommand(e *env) *cli.Command {
 					if err != nil {
 						return err
 					}
+					if err := mustNotExist(out); err != nil {
+						return err
+					}
+					uri, err := keyuri.TPM(c.String("tpm"), out)
+					if err != nil {
+						return err
+					}
 					d, err := tpm.Open(c.String("tpm"))
 					if err != nil {
 						return err
@@ -59,7 +67,6 @@ func tpmCommand(e *env) *cli.Command {
 					if err := durable.WriteFile(out, file, 0o600); err != nil {
 						return err
 					}
-					uri := "tpm:" + c.String("tpm") + "?key=" + out
 					return e.show(c, map[string]string{"uri": uri}, func() { e.printf("%s\n", uri) })
 				},
 			},

@@ -13,6 +13,7 @@ import (
 	"errors"
 	"fmt"
 	"slices"
+	"strings"
 	"time"
 	"unicode/utf8"
 
@@ -161,4 +162,9 @@ func find(c *x509.Certificate, id asn1.ObjectIdentifier) (text []byte, critical 
 		return raw.Bytes, e.Critical, nil
 	}
 	return nil, false, ErrAbsent
+}
+
+// ValidTrustDomain says whether s can be the trust domain of SPIFFE IDs.
+func ValidTrustDomain(s string) bool {
+	return s != "" && len(s) <= 255 && strings.Trim(s, "abcdefghijklmnopqrstuvwxyz0123456789.-_") == ""
 }

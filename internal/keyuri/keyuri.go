@@ -14,6 +14,7 @@ import (
 	"io"
 	"net/url"
 	"os"
+	"path/filepath"
 	"strings"
 
 	"inkan/hsm"
@@ -27,6 +28,29 @@ func (nothing) Close() error { return nil }
 
 // Open opens the key that uri names. Close the closer when done.
 func Open(uri string) (crypto.Signer, io.Closer, error) { return OpenSealed(uri, nil) }
+
+// Absolute returns the URI with the paths of files in it made absolute, for a file
+// that is read from another directory.
+func Absolute(uri string) (string, error) {
+	scheme, rest, _ := strings.Cut(uri, ":")
+	switch scheme {
+	case "file":
+		path, err := filepath.Abs(rest)
+		return "file:" + path, err
+	case "tpm":
+		if address, key, ok := strings.Cut(rest, "?key="); ok {
+			return TPM(address, key)
+		}
+	}
+	return uri, nil
+}
+
+// TPM returns the URI of a key file of the TPM at an address.
+func TPM(address, key string) (string, error) {
+	a, err := filepath.Abs(address)
+	k, err2 := filepath.Abs(key)
+	return "tpm:" + a + "?key=" + k, errors.Join(err, err2)
+}
 
 // OpenSealed is Open where a token's PIN may be sealed: unseal opens its file.
 func OpenSealed(uri string, unseal func(file []byte) ([]byte, error)) (crypto.Signer, io.Closer, error) {
@@ -60,7 +84,7 @@ func fromFile(path string) (crypto.Signer, error) {
 	}
 	block, _ := pem.Decode(b)
 	if block == nil || block.Type != "PRIVATE KEY" {
-		return nil, fmt.Errorf("key file %s: a PKCS#8 PRIVATE KEY in PEM is expected", path)
+		return nil, fmt.Errorf("key file %s: a PKCS#8 PRIVATE KEY in PEM is expected: openssl pkcs8 -topk8 -nodes makes one of another PEM key", path)
 	}
 	k, err := x509.ParsePKCS8PrivateKey(block.Bytes)
 	if err != nil {

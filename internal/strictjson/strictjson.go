@@ -129,6 +129,29 @@ func UnmarshalYAML(b []byte, max int, v any) error {
 	return Unmarshal(j, 4*max, v)
 }
 
+// ToYAML returns v as a YAML document for people to read and change, which
+// [UnmarshalYAML] reads. Members are in the order of RFC 8785.
+func ToYAML(v any) ([]byte, error) {
+	b, err := Marshal(v)
+	if err != nil {
+		return nil, err
+	}
+	var doc yaml.Node
+	if err := yaml.Unmarshal(b, &doc); err != nil { // JSON is YAML
+		return nil, err
+	}
+	inBlocks(&doc)
+	return yaml.Marshal(&doc)
+}
+
+// inBlocks gives a node and all below it YAML's own style: a line for each member.
+func inBlocks(n *yaml.Node) {
+	n.Style = 0
+	for _, c := range n.Content {
+		inBlocks(c)
+	}
+}
+
 // FromYAML returns the JSON form of one YAML document of at most max bytes.
 func FromYAML(b []byte, max int) ([]byte, error) {
 	if len(b) > max {

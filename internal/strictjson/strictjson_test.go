@@ -2,6 +2,7 @@ package strictjson_test
 
 import (
 	"bytes"
+	"reflect"
 	"strings"
 	"testing"
 
@@ -58,6 +59,23 @@ func TestYAML(t *testing.T) {
 		if err := strictjson.UnmarshalYAML([]byte(text), 1000, &d); err == nil || !strings.Contains(err.Error(), want) {
 			t.Errorf("%q: got %v, want something about %q", text, err, want)
 		}
+	}
+}
+
+// TestToYAML: what is written for people reads back as it was, texts that look
+// like numbers or nothing too.
+func TestToYAML(t *testing.T) {
+	d := document{Name: "true", N: 5, List: []string{"1.50", "", "a: b", "0x10", "# no", "~"}}
+	b, err := strictjson.ToYAML(d)
+	if err != nil || !strings.Contains(string(b), "\nn: 5\n") {
+		t.Fatalf("%s, %v", b, err)
+	}
+	var back document
+	if err := strictjson.UnmarshalYAML(b, 1000, &back); err != nil || !reflect.DeepEqual(back, d) {
+		t.Errorf("%s: %+v, %v", b, back, err)
+	}
+	if err := strictjson.UnmarshalYAML(append(b, "colour: a\n"...), 1000, &back); err == nil || !strings.Contains(err.Error(), "unknown member") {
+		t.Errorf("a member that was added at the end: %v", err)
 	}
 }
 

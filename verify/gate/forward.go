@@ -66,7 +66,7 @@ func validBackend(u *url.URL, plain bool) error {
 		if plain || u.Hostname() == "localhost" || err == nil && a.IsLoopback() {
 			return nil
 		}
-		return fmt.Errorf("backend: http to %s, which is not this host: use https, or set PlainBackend", u.Host)
+		return fmt.Errorf("backend: http to %s, which is not this host: use https", u.Host)
 	}
 	return fmt.Errorf("backend: %q is not http or https", u.Scheme)
 }
