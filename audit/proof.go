@@ -80,10 +80,14 @@ func (s *Snapshot) hashReader(ctx context.Context) tlog.HashReaderFunc {
 			return err
 		}
 		defer rows.Close()
+		count := s.counted()
 		for rows.Next() {
 			var x int64
 			var b []byte
 			if err := rows.Scan(&x, &b); err != nil {
+				return err
+			}
+			if err := count(len(b)); err != nil {
 				return err
 			}
 			if len(b) != tlog.HashSize {

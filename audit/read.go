@@ -7,8 +7,11 @@ import (
 	"errors"
 	"fmt"
 	"iter"
+	"maps"
 	"math"
 	"os"
+	"slices"
+	"strings"
 
 	"inkan/internal/sqlite"
 )
@@ -76,7 +79,25 @@ func (l *Log) Statements(ctx context.Context, from, to uint64) ([][]byte, error)
 type Snapshot struct {
 	Head Head
 	db   *sql.DB
+	conn *sql.Conn
 	tx   *sql.Tx
+	size int64 // of the file and its write-ahead log, in bytes
+}
+
+// maxRow bounds a row of a record, in bytes: a statement has 64 KiB, a start
+// document twice that.
+const maxRow = 1 << 20
+
+// Errors of files that are no record.
+var (
+	errMalformed = errors.New("the file is no record")
+	errVersion   = errors.New("the file has another format")
+)
+
+// tables are those of a record that a snapshot reads, with their columns.
+var tables = map[string][]string{
+	"leaf": {"counter", "id", "payload", "statement"}, "header": {"id", "text"}, "signature": {"counter", "header", "signature"}, "hash": {"idx", "hash"},
+	"head": {"size", "root", "previous", "time"}, "certificate": {"sha256", "chain"}, "start": {"sha256", "document"}, "checkpoint": {"size", "time", "note"},
 }
 
 // OpenSnapshot opens the log file at path for reading.
@@ -98,7 +119,13 @@ func OpenSnapshot(ctx context.Context, path string) (_ *Snapshot, err error) {
 			s.Close()
 		}
 	}()
-	if s.tx, err = s.db.BeginTx(ctx, &sql.TxOptions{ReadOnly: true}); err != nil {
+	if s.conn, err = s.db.Conn(ctx); err != nil {
+		return nil, err
+	}
+	if err := sqlite.Bound(s.conn, maxRow); err != nil {
+		return nil, err
+	}
+	if s.tx, err = s.conn.BeginTx(ctx, &sql.TxOptions{ReadOnly: true}); err != nil {
 		return nil, err
 	}
 	var version int
@@ -106,16 +133,67 @@ func OpenSnapshot(ctx context.Context, path string) (_ *Snapshot, err error) {
 		return nil, err
 	}
 	if version != schemaVersion {
-		return nil, fmt.Errorf("it has format %d, this program knows %d", version, schemaVersion)
+		return nil, fmt.Errorf("%w: %d, this program knows %d", errVersion, version, schemaVersion)
+	}
+	for _, name := range []string{path, path + "-wal"} {
+		if fi, err := os.Stat(name); err == nil {
+			s.size += fi.Size()
+		} else if name == path || !errors.Is(err, os.ErrNotExist) {
+			return nil, err
+		}
+	}
+	if err := s.plain(ctx); err != nil {
+		return nil, err
 	}
 	s.Head, err = readHead(ctx, s.tx)
 	return s, err
+}
+
+// plain: what is read stands in tables. Whoever made the file could have views and
+// generated columns in their place, which have no end or fill the memory.
+func (s *Snapshot) plain(ctx context.Context) error {
+	for _, name := range slices.Sorted(maps.Keys(tables)) {
+		var text string
+		err := s.tx.QueryRowContext(ctx, "SELECT coalesce(sql, '') FROM sqlite_schema WHERE name = ? AND type = 'table'", name).Scan(&text)
+		if errors.Is(err, sql.ErrNoRows) || err == nil && !strings.HasPrefix(text, "CREATE TABLE") {
+			return fmt.Errorf("%w: it has no table %s", errMalformed, name)
+		}
+		if err != nil {
+			return err
+		}
+		for _, column := range tables[name] {
+			var hidden int
+			err := s.tx.QueryRowContext(ctx, "SELECT hidden FROM pragma_table_xinfo(?) WHERE name = ?", name, column).Scan(&hidden)
+			if errors.Is(err, sql.ErrNoRows) || err == nil && hidden != 0 {
+				return fmt.Errorf("%w: its table %s has no column %s", errMalformed, name, column)
+			}
+			if err != nil {
+				return err
+			}
+		}
+	}
+	return nil
+}
+
+// counted returns a function that is told the bytes of each row that is read. No
+// table has more than the file has, unless its pages are used more than once.
+func (s *Snapshot) counted() func(bytes int) error {
+	left := s.size
+	return func(bytes int) error {
+		if left -= int64(bytes) + 1; left < 0 {
+			return fmt.Errorf("%w: a table has more rows than there is room for", errMalformed)
+		}
+		return nil
+	}
 }
 
 // Close ends the reading.
 func (s *Snapshot) Close() {
 	if s.tx != nil {
 		_ = s.tx.Rollback() // it has read only
+	}
+	if s.conn != nil {
+		_ = s.conn.Close()
 	}
 	_ = s.db.Close()
 }
@@ -134,9 +212,14 @@ func (s *Snapshot) entries(ctx context.Context, from, to uint64) iter.Seq2[Entry
 			return
 		}
 		defer rows.Close()
+		count := s.counted()
 		for rows.Next() {
 			var e Entry
-			if err := e.scan(rows); err != nil {
+			err := e.scan(rows)
+			if err == nil {
+				err = count(len(e.Statement))
+			}
+			if err != nil {
 				yield(Entry{}, err)
 				return
 			}
@@ -166,10 +249,13 @@ func (s *Snapshot) blobs(ctx context.Context, query string) (map[[32]byte][]byte
 		return nil, err
 	}
 	defer rows.Close()
-	out := make(map[[32]byte][]byte)
+	out, count := make(map[[32]byte][]byte), s.counted()
 	for rows.Next() {
 		var sum, content []byte
 		if err := rows.Scan(&sum, &content); err != nil {
+			return nil, err
+		}
+		if err := count(len(sum) + len(content)); err != nil {
 			return nil, err
 		}
 		if len(sum) == 32 {
@@ -198,11 +284,14 @@ func (s *Snapshot) checkpoints(ctx context.Context) (map[uint64]string, error) {
 		return nil, err
 	}
 	defer rows.Close()
-	out := make(map[uint64]string)
+	out, count := make(map[uint64]string), s.counted()
 	for rows.Next() {
 		var size uint64
 		var note string
 		if err := rows.Scan(&size, &note); err != nil {
+			return nil, err
+		}
+		if err := count(len(note)); err != nil {
 			return nil, err
 		}
 		out[size] = note

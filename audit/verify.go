@@ -7,6 +7,7 @@ import (
 	"crypto/x509"
 	"errors"
 	"fmt"
+	"io/fs"
 	"iter"
 	"runtime"
 	"sync"
@@ -16,6 +17,7 @@ import (
 
 	"inkan/internal/certext"
 	"inkan/internal/jws"
+	"inkan/internal/sqlite"
 	"inkan/scope"
 )
 
@@ -115,6 +117,29 @@ type Verified struct {
 // a signer may be writing. Its error is an [*Unproven] when the record is
 // wrong, and another one when it could not be read.
 func VerifyFile(ctx context.Context, path string, o VerifyOptions) (*Report, error) {
+	r, err := verifyFile(ctx, path, o)
+	return r, formed(err)
+}
+
+// formed turns an error of what is in a file into that of a file that does not
+// verify. Others, such as of the disk, stay what they are.
+func formed(err error) error {
+	if err == nil || errors.Is(err, errVersion) || errors.Is(err, context.Canceled) || errors.Is(err, context.DeadlineExceeded) {
+		return err
+	}
+	if _, ok := errors.AsType[*Unproven](err); ok {
+		return err
+	}
+	if _, ok := errors.AsType[*fs.PathError](err); ok {
+		return err
+	}
+	if failed, damaged := sqlite.Failed(err); failed && !damaged {
+		return err
+	}
+	return unproven(RuleForm, 0, "%v", err)
+}
+
+func verifyFile(ctx context.Context, path string, o VerifyOptions) (*Report, error) {
 	s, err := OpenSnapshot(ctx, path)
 	if err != nil {
 		return nil, err

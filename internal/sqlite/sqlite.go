@@ -39,9 +39,30 @@ func Open(path string, pragmas ...string) (*sql.DB, error) {
 	return sql.Open("sqlite", b.String())
 }
 
-// OpenReadOnly opens the database at path, which another process may be writing.
+// OpenReadOnly opens the database at path, which another process may be writing,
+// and anybody may have written.
 func OpenReadOnly(path string) (*sql.DB, error) {
-	return sql.Open("sqlite", "file:"+path+"?mode=ro&_pragma=busy_timeout(5000)&_pragma=query_only(1)")
+	return sql.Open("sqlite", "file:"+path+"?mode=ro&_pragma=busy_timeout(5000)&_pragma=query_only(1)&_pragma=trusted_schema(0)&_pragma=cell_size_check(1)")
+}
+
+// Bound has the connection refuse values and rows of more bytes.
+func Bound(c *sql.Conn, bytes int) error {
+	_, err := sqlite.Limit(c, sqlite3.SQLITE_LIMIT_LENGTH, bytes)
+	return err
+}
+
+// Failed says whether an error is one of the database, and damaged whether it is
+// for what is in the file, not for what is around it.
+func Failed(err error) (failed, damaged bool) {
+	e, ok := errors.AsType[*sqlite.Error](err)
+	if !ok {
+		return false, false
+	}
+	switch e.Code() & 0xff {
+	case sqlite3.SQLITE_CORRUPT, sqlite3.SQLITE_NOTADB, sqlite3.SQLITE_TOOBIG, sqlite3.SQLITE_FORMAT, sqlite3.SQLITE_MISMATCH, sqlite3.SQLITE_ERROR:
+		return true, true
+	}
+	return true, false
 }
 
 // NotUnique says whether an error is that a row like it is there already.
