@@ -203,6 +203,11 @@ func (s *Snapshot) Entries(ctx context.Context) iter.Seq2[Entry, error] {
 	return s.entries(ctx, 0, math.MaxInt64)
 }
 
+// EntriesFrom is Entries from a number on.
+func (s *Snapshot) EntriesFrom(ctx context.Context, first uint64) iter.Seq2[Entry, error] {
+	return s.entries(ctx, min(first, math.MaxInt64), math.MaxInt64)
+}
+
 // entries yields those with numbers of a range.
 func (s *Snapshot) entries(ctx context.Context, from, to uint64) iter.Seq2[Entry, error] {
 	return func(yield func(Entry, error) bool) {

@@ -5,6 +5,7 @@ import (
 	"errors"
 	"fmt"
 	"io"
+	"strings"
 
 	"github.com/urfave/cli/v2"
 
@@ -127,7 +128,12 @@ func run(ctx context.Context, args []string, e *env) int {
 	if ok && x.err == nil { // another process has said why
 		return x.code
 	}
-	fmt.Fprintf(e.stderr, "inkan: %v\n", err)
+	// Errors say what stands in files and answers of others.
+	lines := strings.Split(err.Error(), "\n")
+	for i := range lines {
+		lines[i] = oneLine(lines[i])
+	}
+	fmt.Fprintf(e.stderr, "inkan: %s\n", strings.Join(lines, "\n"))
 	if ok {
 		return x.code
 	}
