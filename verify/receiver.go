@@ -18,6 +18,7 @@ import (
 	"net/http"
 	"net/netip"
 	"slices"
+	"strings"
 	"sync"
 	"time"
 
@@ -191,6 +192,7 @@ func (r *Receiver) VerifyArrival(ctx context.Context, compact []byte, arrived Ar
 	if err := jws.Verify(crt.PublicKey, cred.alg, m.SigningInput, m.Signature); err != nil {
 		return nil, refuse(ReasonSignature, "%v", err)
 	}
+	r.remember(m.EncodedHeader, cred, now)
 	st, err := cred.statement(m.Payload)
 	if err != nil {
 		return nil, err
@@ -247,7 +249,7 @@ func (r *Receiver) VerifyArrival(ctx context.Context, compact []byte, arrived Ar
 	}
 
 	// 8. Seen before, 13. limits over time, 16. kept: one step of the store.
-	use := Use{Key: cred.sum, ID: st.ID, Counter: uint64(st.Counter), Signed: st.Time.Time, Until: time.Unix(st.Expires, 0).Add(r.c.MaxSkew), Agent: cred.action.Agent,
+	use := Use{Key: cred.sum, ID: st.ID, Counter: uint64(st.Counter), Signed: st.Time.Time, Until: time.Unix(st.Expires, 0).Add(r.c.MaxSkew), Skew: r.c.MaxSkew, Agent: cred.action.Agent,
 		Statement: st, Permit: permit, Header: m.EncodedHeader, Payload: m.Payload, Signature: m.Signature}
 	if err := r.c.Replay.Use(ctx, use, now); err != nil {
 		if refusal, ok := errors.AsType[*Refusal](err); ok {
@@ -266,9 +268,18 @@ func (r *Receiver) credential(m *jws.Message, now time.Time) (*credential, error
 	if cred != nil {
 		return cred, nil
 	}
-	cred, err := r.verifyHeader(m, now)
-	if err != nil {
-		return nil, err
+	return r.verifyHeader(m, now)
+}
+
+// remember keeps a verified header. It is called once a signature with its key was
+// verified: whoever has seen an action could else make headers of its certificate, with
+// other certificates beside it, and fill the memory with them.
+func (r *Receiver) remember(header string, cred *credential, now time.Time) {
+	r.mu.RLock()
+	known := r.known[header] == cred
+	r.mu.RUnlock()
+	if known {
+		return
 	}
 	r.mu.Lock()
 	defer r.mu.Unlock()
@@ -282,8 +293,7 @@ func (r *Receiver) credential(m *jws.Message, now time.Time) (*credential, error
 			clear(r.known)
 		}
 	}
-	r.known[m.EncodedHeader] = cred
-	return cred, nil
+	r.known[header] = cred
 }
 
 func (r *Receiver) verifyHeader(m *jws.Message, now time.Time) (*credential, error) {
@@ -303,8 +313,8 @@ func (r *Receiver) verifyHeader(m *jws.Message, now time.Time) (*credential, err
 	var chain []*x509.Certificate
 	for _, text := range h.X5C {
 		der, err := base64.StdEncoding.Strict().DecodeString(text)
-		if err != nil {
-			return nil, refuse(ReasonCertificate, "x5c is not base64")
+		if err != nil || strings.ContainsAny(text, "\r\n") { // the decoder skips line ends
+			return nil, refuse(ReasonCertificate, "x5c is not base64 in its one spelling")
 		}
 		c, err := x509.ParseCertificate(der)
 		if err != nil {

@@ -2,6 +2,7 @@ package verify
 
 import (
 	"context"
+	"errors"
 	"fmt"
 	"math"
 	"sync"
@@ -16,8 +17,9 @@ type Use struct {
 	ID      string       // action id
 	Counter uint64
 	Signed  time.Time
-	Until   time.Time // after this the action is refused for its age
-	Agent   string    // SPIFFE ID
+	Until   time.Time     // after this the action is refused for its age
+	Skew    time.Duration // how far Signed may be ahead of the receiver's clock
+	Agent   string        // SPIFFE ID
 
 	Statement *scope.Statement
 	Permit    *scope.Permit // what the receiver's own check of the statement gave
@@ -99,8 +101,12 @@ func inWindow(counter, highest uint64) error {
 	return nil
 }
 
+// ErrNotRemembered is the cause of a refusal with ReasonReplay of an action that may have
+// been accepted before or not: it is from before the store began to remember.
+var ErrNotRemembered = errors.New("it is from before the store began to remember")
+
 // MemoryStore is a ReplayStore in memory: for a receiver that is one process,
-// and that on its restart refuses what was signed before its start, and
+// and that on its restart refuses what was signed before its start (or Skew after it), and
 // counts limits over time from there.
 type MemoryStore struct {
 	mu      sync.Mutex
@@ -123,8 +129,9 @@ func NewMemoryStore(max int, now time.Time) *MemoryStore {
 func (m *MemoryStore) Use(_ context.Context, u Use, now time.Time) error {
 	m.mu.Lock()
 	defer m.mu.Unlock()
-	if u.Signed.Before(m.started) {
-		return refuse(ReasonReplay, "the action was signed at %s, before this receiver began to remember", u.Signed.Format(scope.TimeFormat))
+	// Before its start the store may have accepted what is from up to Skew after it.
+	if u.Signed.Before(m.started.Add(u.Skew)) {
+		return &Refusal{Reason: ReasonReplay, Detail: fmt.Sprintf("the action was signed at %s, before this receiver began to remember: sign another", u.Signed.Format(scope.TimeFormat)), Cause: ErrNotRemembered}
 	}
 	if now.Sub(m.swept) > time.Second {
 		m.sweep(now)

@@ -261,9 +261,6 @@ func (s *SQLStore) seen(ctx context.Context, tx *sql.Tx, u *Use) error {
 	if err := tx.StmtContext(ctx, s.highest).QueryRowContext(ctx, u.Key[:]).Scan(&highest); err != nil {
 		return err
 	}
-	if err := inWindow(u.Counter, uint64(highest)); err != nil {
-		return err
-	}
 	var same, any int64
 	if err := tx.StmtContext(ctx, s.same).QueryRowContext(ctx, u.ID, u.Key[:], int64(u.Counter)).Scan(&same, &any); err != nil {
 		return err
@@ -274,7 +271,7 @@ func (s *SQLStore) seen(ctx context.Context, tx *sql.Tx, u *Use) error {
 	case any > 0:
 		return refuse(ReasonCounter, "counter %d was seen before", u.Counter)
 	}
-	return nil
+	return inWindow(u.Counter, uint64(highest))
 }
 
 // catchUp reads what other receivers accepted, or what was before a restart.

@@ -124,6 +124,9 @@ func (m *Message) Header() (*Parameters, error) {
 	if err := strictjson.Unmarshal(j, MaxHeader, &p); err != nil {
 		return nil, fmt.Errorf("%w: header: %w", ErrForm, err)
 	}
+	if c, err := strictjson.Canonical(j, MaxHeader); err != nil || !bytes.Equal(c, j) {
+		return nil, fmt.Errorf("%w: the header is not in its one spelling (RFC 8785)", ErrForm)
+	}
 	return &p, nil
 }
 

@@ -39,8 +39,9 @@ func FIX(ctx context.Context, r *verify.Receiver, from netip.Addr, message []byt
 		Body: &verify.Body{Format: scope.NativeFIXBody, SHA256: m.Digest()}, From: from,
 		Agrees: func(a *scope.Action) error { return m.Agrees(a, p) },
 	})
-	// The receiver looks last at what it has seen: all else was checked by then.
-	if m.PossDup && errors.Is(err, &verify.Refusal{Reason: verify.ReasonReplay}) {
+	// The receiver looks last at what it has seen: all else was checked by then. What its store
+	// does not remember the venue may not have.
+	if m.PossDup && errors.Is(err, &verify.Refusal{Reason: verify.ReasonReplay}) && !errors.Is(err, verify.ErrNotRemembered) {
 		return &Accepted{Message: message, Resend: true}, nil
 	}
 	if err != nil {

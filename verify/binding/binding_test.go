@@ -4,6 +4,7 @@ import (
 	"bytes"
 	"context"
 	"crypto/sha256"
+	"crypto/x509"
 	"encoding/base64"
 	"encoding/binary"
 	"encoding/hex"
@@ -113,6 +114,7 @@ const scopeJSON = `{"allowed_accounts":["ACC-1"],"allowed_actions":["order.cance
 // venue is a receiver, and an agent whose signer signs for it.
 type venue struct {
 	agent    *testca.Agent
+	roots    *x509.CertPool
 	scope    *scope.Scope
 	receiver *verify.Receiver
 	now      time.Time
@@ -122,7 +124,7 @@ type venue struct {
 func newVenue(t testing.TB) *venue {
 	t.Helper()
 	ca := testca.New(t)
-	v := &venue{agent: ca.Agent(t, "a", []byte(scopeJSON), nil), now: time.Now()}
+	v := &venue{roots: ca.Roots, agent: ca.Agent(t, "a", []byte(scopeJSON), nil), now: time.Now()}
 	var err error
 	if v.scope, err = scope.ParseCanonical([]byte(scopeJSON)); err != nil {
 		t.Fatal(err)
@@ -478,4 +480,19 @@ func FuzzFrame(f *testing.F) {
 			t.Fatalf("%q became %q: %v", b, again, err)
 		}
 	})
+}
+
+// TestResendThatWasNotSeen: a receiver that began after a message was signed cannot say
+// that the venue has it.
+func TestResendThatWasNotSeen(t *testing.T) {
+	v := newVenue(t)
+	message := v.signed(t, newOrder, append([]string{"35=D", "43=Y", "122=20260727-09:30:00"}, append(session[1:], order...)...)...)
+	v.now = v.now.Add(10 * time.Second)
+	restarted, err := verify.NewReceiver(verify.Config{Audiences: []string{"XPAR"}, Roots: v.roots, Revocation: verify.NoRevocation{}, Replay: verify.NewMemoryStore(1000, v.now), Now: func() time.Time { return v.now }})
+	if err != nil {
+		t.Fatal(err)
+	}
+	if got, err := binding.FIX(t.Context(), restarted, netip.Addr{}, message, nil); reason(err) != verify.ReasonReplay {
+		t.Errorf("it passes for a resend: %+v, %v", got, err)
+	}
 }
