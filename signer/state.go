@@ -31,6 +31,9 @@ func OpenState(stateDir, agent string) (*State, error) {
 	return &State{dir}, os.MkdirAll(dir, 0o700)
 }
 
+// ReadState returns an agent's state for reading: nothing is made.
+func ReadState(stateDir, agent string) *State { return &State{AgentDir(stateDir, agent)} }
+
 func (s *State) path(purpose, kind string) string {
 	return filepath.Join(s.dir, purpose+kind)
 }

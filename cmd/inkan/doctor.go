@@ -396,11 +396,7 @@ func (d *doctor) signer(c *cli.Context) {
 func (d *doctor) agent(ctx context.Context, h *host, a *signer.AgentConfig) {
 	ctx, cancel := context.WithTimeout(ctx, 20*time.Second)
 	defer cancel()
-	state, err := signer.OpenState(h.config.StateDir, a.Name)
-	if err != nil {
-		d.add("state", stateRefused, err.Error(), "")
-		return
-	}
+	state := signer.ReadState(h.config.StateDir, a.Name)
 	chain, err := state.Chain(attest.PurposeAction)
 	switch {
 	case err != nil:

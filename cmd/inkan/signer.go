@@ -172,10 +172,7 @@ func (h *host) vouched(agent string, external map[string]crypto.Signer) (map[str
 // unseal opens a PIN that was sealed under the policies of the agent's issuer.
 // The host may be in a state that was approved since it last asked.
 func (h *host) unseal(ctx context.Context, agent string, file []byte) ([]byte, error) {
-	state, err := signer.OpenState(h.config.StateDir, agent)
-	if err != nil {
-		return nil, err
-	}
+	state := signer.ReadState(h.config.StateDir, agent)
 	var saved tpm.Policies
 	if ok, err := state.Policies(&saved); err == nil && ok {
 		secret, err := h.dev.Unseal(file, &saved)
