@@ -9,14 +9,16 @@ import (
 
 	"github.com/urfave/cli/v2"
 
+	"inkan/internal/problem"
 	"inkan/internal/strictjson"
+	"inkan/scope"
 )
 
 // Exit codes; README.md lists them.
 const (
 	exitError    = 1
 	exitUsage    = 2
-	exitRefused  = 3 // refused by scope
+	exitRefused  = 3 // refused by a rule
 	exitUnproven = 4 // verification failed
 )
 
@@ -24,6 +26,9 @@ const (
 type env struct {
 	stdin          io.Reader
 	stdout, stderr io.Writer
+
+	asJSON  bool // the command was given --json
+	printed bool // and has printed its document
 }
 
 // exit is an error with the code that the process ends with.
@@ -58,7 +63,45 @@ func (e *env) printJSON(v any) error {
 		return err
 	}
 	_, err = fmt.Fprintf(e.stdout, "%s\n", b)
+	e.printed = true
 	return err
+}
+
+// failure is the document that a command with --json prints if it has no result.
+type failure struct {
+	Error    string           `json:"error"`
+	ExitCode int              `json:"exit_code"`
+	Rule     string           `json:"rule,omitempty"`    // that refused
+	Problem  *problem.Problem `json:"problem,omitempty"` // what a server answered
+}
+
+// fail says why a command failed, and returns the exit code.
+func (e *env) fail(err error) int {
+	code := exitError
+	if x, ok := errors.AsType[*exit](err); ok {
+		code = x.code
+		if x.err == nil { // another process has said why
+			return code
+		}
+	}
+	// Errors say what stands in files and answers of others.
+	lines := strings.Split(err.Error(), "\n")
+	for i := range lines {
+		lines[i] = oneLine(lines[i])
+	}
+	fmt.Fprintf(e.stderr, "inkan: %s\n", strings.Join(lines, "\n"))
+	if e.asJSON && !e.printed {
+		f := failure{Error: err.Error(), ExitCode: code}
+		if p, ok := errors.AsType[*problem.Problem](err); ok {
+			f.Problem, f.Rule = p, p.Rule
+		} else if r, ok := errors.AsType[*scope.Refusal](err); ok {
+			f.Rule = string(r.Rule)
+		}
+		if err := e.printJSON(f); err != nil {
+			fmt.Fprintf(e.stderr, "inkan: %v\n", err)
+		}
+	}
+	return code
 }
 
 // jsonFlag is on every command that prints a result.
@@ -85,14 +128,14 @@ func newApp(e *env) *cli.App {
 		return cli.ShowAppHelp(c)
 	}
 	app.OnUsageError = onUsageError
-	harden(app.Commands)
+	e.harden(app.Commands)
 	return app
 }
 
 // harden gives every command the rules that the library does not inherit:
 // flag errors become usage errors, and arguments are refused, since flags
-// after a first argument would silently become arguments.
-func harden(cmds []*cli.Command) {
+// after a first argument would silently become arguments. It notes --json.
+func (e *env) harden(cmds []*cli.Command) {
 	for _, c := range cmds {
 		c.HideHelpCommand = true
 		c.OnUsageError = onUsageError
@@ -103,16 +146,17 @@ func harden(cmds []*cli.Command) {
 				}
 				return cli.ShowSubcommandHelp(x)
 			}
-		} else if !c.SkipFlagParsing && c.ArgsUsage == "" {
-			action := c.Action
+		} else if !c.SkipFlagParsing {
+			action, takesArguments := c.Action, c.ArgsUsage != ""
 			c.Action = func(x *cli.Context) error {
-				if x.Args().Present() {
+				e.asJSON = x.Bool("json")
+				if x.Args().Present() && !takesArguments {
 					return usage("unexpected argument %q: this command takes flags only", x.Args().First())
 				}
 				return action(x)
 			}
 		}
-		harden(c.Subcommands)
+		e.harden(c.Subcommands)
 	}
 }
 
@@ -124,18 +168,5 @@ func run(ctx context.Context, args []string, e *env) int {
 	if err == nil {
 		return 0
 	}
-	x, ok := errors.AsType[*exit](err)
-	if ok && x.err == nil { // another process has said why
-		return x.code
-	}
-	// Errors say what stands in files and answers of others.
-	lines := strings.Split(err.Error(), "\n")
-	for i := range lines {
-		lines[i] = oneLine(lines[i])
-	}
-	fmt.Fprintf(e.stderr, "inkan: %s\n", strings.Join(lines, "\n"))
-	if ok {
-		return x.code
-	}
-	return exitError
+	return e.fail(err)
 }

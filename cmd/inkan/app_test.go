@@ -5,12 +5,15 @@ import (
 	"context"
 	"encoding/json"
 	"fmt"
+	"io"
 	"os"
 	"path/filepath"
 	"strings"
 	"testing"
 
 	"github.com/urfave/cli/v2"
+
+	"inkan/internal/problem"
 )
 
 // call runs the command as main does.
@@ -47,6 +50,48 @@ func TestUsage(t *testing.T) {
 		if code != exitUsage || !strings.Contains(errs, c.want) || out != "" {
 			t.Errorf("%v: exit code %d, stderr %q, stdout %q; want 2 and %q", c.args, code, errs, out, c.want)
 		}
+	}
+}
+
+// TestFailsInJSON: a command that was given --json prints one JSON document, also
+// when it fails, and says on standard error what it always says there.
+func TestFailsInJSON(t *testing.T) {
+	dir := t.TempDir()
+	for _, c := range []struct {
+		args string
+		code int
+		want string
+	}{
+		{"sign --socket " + dir + "/none --action ../../examples/order.json", exitError, dir + "/none"},
+		{"sign --action none.json", exitError, "none.json"},
+		{"sign", exitUsage, "--action is missing"},
+		{"status extra", exitUsage, "takes flags only"},
+		{"scope check --scope ../../examples/order.json", exitError, "unknown member"},
+		{"audit verify --log none.db --ca ../../examples/order.json", exitError, ""},
+		{"verify --ca none.pem --audience XPAR --jws none --no-revocation", exitError, "none.pem"},
+		{"tpm info --tpm " + dir + "/none", exitError, "there is no TPM"},
+		{"issuer agent list --dir " + dir, exitError, "has no issuer"},
+	} {
+		code, out, errs := call("", strings.Fields(strings.Replace(c.args, " extra", " --json extra", 1)+" --json")...)
+		var f failure
+		if err := json.Unmarshal([]byte(out), &f); err != nil {
+			t.Errorf("%s: %v: %s", c.args, err, out)
+			continue
+		}
+		if code != c.code || f.ExitCode != code || !strings.Contains(f.Error, c.want) || errs != "inkan: "+f.Error+"\n" {
+			t.Errorf("%s: exit code %d: %s, %s", c.args, code, out, errs)
+		}
+	}
+	// A rule is a member of its own.
+	p := &problem.Problem{Status: 403, Rule: "max_order_qty", Detail: "too much", Left: "0"}
+	var document bytes.Buffer
+	e := &env{stdout: &document, stderr: io.Discard, asJSON: true}
+	if code := e.fail(withCode(exitRefused, p)); code != exitRefused {
+		t.Errorf("exit code %d", code)
+	}
+	var f failure
+	if err := json.Unmarshal(document.Bytes(), &f); err != nil || f.Rule != p.Rule || f.Problem == nil || f.Problem.Left != "0" || f.Error != "max_order_qty: too much" {
+		t.Errorf("%s, %v", document.Bytes(), err)
 	}
 }
 

@@ -56,12 +56,11 @@ func approverCommand(e *env) *cli.Command {
 				&cli.StringSliceFlag{Name: "agent", Usage: "`NAME` of an agent that it answers"}, jsonFlag(),
 			}, Action: func(c *cli.Context) error { return approverInit(e, c) }},
 			{Name: "serve", Usage: "serve signers", Flags: config(), Action: func(c *cli.Context) error { return approverServe(e, c) }},
-			{Name: "check", Usage: "check a configuration file", Flags: config(), Action: func(c *cli.Context) error {
-				_, err := readApproverConfig(c)
-				if err == nil {
-					e.printf("the configuration is valid\n")
+			{Name: "check", Usage: "check a configuration file", Flags: config(jsonFlag()), Action: func(c *cli.Context) error {
+				if _, err := readApproverConfig(c); err != nil {
+					return err
 				}
-				return err
+				return e.valid(c)
 			}},
 		},
 	}

@@ -79,13 +79,12 @@ func gateCommand(e *env) *cli.Command {
 		Usage: "stand before a venue's HTTP server and let through only what an agent signed",
 		Subcommands: []*cli.Command{
 			{Name: "serve", Usage: "serve until interrupted", Flags: config, Action: func(c *cli.Context) error { return gateServe(e, c) }},
-			{Name: "check", Usage: "check a configuration file and its routes", Flags: config, Action: func(c *cli.Context) error {
-				g, err := readGate(e, c)
+			{Name: "check", Usage: "check a configuration file and its routes", Flags: append([]cli.Flag{jsonFlag()}, config...), Action: func(c *cli.Context) error {
+				g, err := readGate(e, c, true)
 				if err != nil {
 					return err
 				}
-				e.printf("the configuration is valid\n")
-				return g.close()
+				return errors.Join(g.close(), e.valid(c))
 			}},
 		},
 	}
@@ -100,15 +99,19 @@ type openGate struct {
 }
 
 func (g *openGate) close() error {
-	err := g.store.Close()
+	var err error
+	if g.store != nil {
+		err = g.store.Close()
+	}
 	if g.config.closer != nil {
 		err = errors.Join(err, g.config.closer.Close())
 	}
 	return err
 }
 
-// readGate makes a gate of the configuration file. Close it.
-func readGate(e *env, c *cli.Context) (*openGate, error) {
+// readGate makes a gate of the configuration file, to be closed; without a store
+// if it is only to be checked.
+func readGate(e *env, c *cli.Context, check bool) (*openGate, error) {
 	path, err := filepath.Abs(c.String("config"))
 	if err != nil {
 		return nil, err
@@ -141,17 +144,21 @@ func readGate(e *env, c *cli.Context) (*openGate, error) {
 	if err != nil {
 		return nil, fmt.Errorf("%s: %w", path, err)
 	}
-	store, err := openReplay(c.Context, "replay_db", f.ReplayDB, f.ReplayPassword, filepath.Dir(path))
-	if err != nil {
-		return nil, err
+	g := &openGate{config: &f, log: logger(e)}
+	config.Log = g.log
+	if check {
+		err = checkReplay(c.Context, "replay_db", f.ReplayDB, f.ReplayPassword, filepath.Dir(path))
+		config.Receiver.Replay = verify.NewMemoryStore(1, time.Now())
+	} else if g.store, err = openReplay(c.Context, "replay_db", f.ReplayDB, f.ReplayPassword, filepath.Dir(path)); err == nil {
+		config.Receiver.Replay = g.store
 	}
-	log := logger(e)
-	config.Receiver.Replay, config.Log = store, log
-	g, err := gate.New(*config)
-	if err != nil {
-		return nil, errors.Join(fmt.Errorf("%s: %w", path, err), store.Close())
+	if err == nil {
+		g.Gate, err = gate.New(*config)
 	}
-	return &openGate{g, &f, store, log}, nil
+	if err != nil {
+		return nil, errors.Join(fmt.Errorf("%s: %w", path, err), g.close())
+	}
+	return g, nil
 }
 
 // inDevice: the key is named by a URI, and not by a path.
@@ -337,7 +344,7 @@ func absolute(dir, path string) string {
 }
 
 func gateServe(e *env, c *cli.Context) error {
-	g, err := readGate(e, c)
+	g, err := readGate(e, c, false)
 	if err != nil {
 		return err
 	}

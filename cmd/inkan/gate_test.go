@@ -192,6 +192,9 @@ func TestGateCommand(t *testing.T) {
 	if code, _, errs := call("", "gate", "check", "--config", path); code != 0 {
 		t.Fatalf("check: exit code %d: %s", code, errs)
 	}
+	if _, err := os.Stat(filepath.Join(dir, "seen.db")); err == nil {
+		t.Error("a check makes the store, which then belongs to whoever checked")
+	}
 	for name, text := range map[string]string{"unknown member": config + "x: y\n", "backend is missing": strings.Replace(config, "backend: "+v.backend+"\n", "", 1), "a password file is for": config + "replay_db_password_file: gate.key\n", "replay_db_password_file": strings.Replace(config, "seen.db", "postgres://gate:secret@/x?host=/run", 1), "ends in .csv": config + "regions: routes.yaml\n", "checked or required": strings.Replace(config, "checked", "sometimes", 1), "a prefix such as": strings.Replace(config, "127.0.0.0/8", "here", 1)} {
 		if code, _, errs := call("", "gate", "check", "--config", writeFile(t, filepath.Join(dir, "bad.yaml"), []byte(text))); code == 0 || !strings.Contains(errs, name) {
 			t.Errorf("want something about %q: exit code %d: %s", name, code, errs)

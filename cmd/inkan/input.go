@@ -47,6 +47,11 @@ func (e *env) show(c *cli.Context, v any, human func()) error {
 	return nil
 }
 
+// valid is the result of checking a configuration file.
+func (e *env) valid(c *cli.Context) error {
+	return e.show(c, map[string]bool{"valid": true}, func() { e.printf("the configuration is valid\n") })
+}
+
 func (e *env) printf(format string, a ...any) { fmt.Fprintf(e.stdout, format, a...) }
 
 // interrupted ends a daemon's context; the signal handling is main's.

@@ -28,12 +28,11 @@ func proxyCommand(e *env) *cli.Command {
 		Usage: "connect agents to the destinations of their scopes, over TLS with the key in the device",
 		Subcommands: []*cli.Command{
 			{Name: "serve", Usage: "serve until interrupted", Flags: config, Action: func(c *cli.Context) error { return proxyServe(e, c) }},
-			{Name: "check", Usage: "check a configuration file", Flags: config, Action: func(c *cli.Context) error {
+			{Name: "check", Usage: "check a configuration file", Flags: append([]cli.Flag{jsonFlag()}, config...), Action: func(c *cli.Context) error {
 				if _, err := readProxyConfig(c); err != nil {
 					return err
 				}
-				e.printf("the configuration is valid\n")
-				return nil
+				return e.valid(c)
 			}},
 		},
 	}

@@ -39,12 +39,11 @@ func signerCommand(e *env) *cli.Command {
 			{Name: "enrol", Usage: "make the agents' keys in the TPM and have them certified", Flags: config(jsonFlag(), &cli.StringFlag{Name: "agent", Usage: "only the agent with this `NAME`"}),
 				Action: func(c *cli.Context) error { return signerEnrol(e, c) }},
 			{Name: "serve", Usage: "serve agents; enrols what has no certificate, and renews", Flags: config(), Action: func(c *cli.Context) error { return signerServe(e, c) }},
-			{Name: "check", Usage: "check a configuration file", Flags: config(), Action: func(c *cli.Context) error {
-				_, err := readSignerConfig(c)
-				if err == nil {
-					e.printf("the configuration is valid\n")
+			{Name: "check", Usage: "check a configuration file", Flags: config(jsonFlag()), Action: func(c *cli.Context) error {
+				if _, err := readSignerConfig(c); err != nil {
+					return err
 				}
-				return err
+				return e.valid(c)
 			}},
 			{Name: "seal-pin", Usage: "seal an HSM's PIN to this host's TPM, for as long as the host is in an approved state", Flags: config(jsonFlag(),
 				&cli.StringFlag{Name: "agent", Usage: "`NAME` of the agent whose key is in the HSM"},
