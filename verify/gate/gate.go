@@ -206,14 +206,16 @@ func (g *Gate) ServeHTTP(w http.ResponseWriter, req *http.Request) {
 	defer g.report(req, x, out, time.Now()) // also when the proxy aborts
 
 	// 0. Not more than it may send: before anything that costs more than to say so.
-	if err := g.limiter.admit(req); err != nil {
+	busy := func(err error) {
 		out.Header().Set("Retry-After", "1")
 		x.answer(out, err)
+	}
+	if err := g.limiter.address(req); err != nil {
+		busy(err)
 		return
 	}
 	if err := g.limiter.take(); err != nil {
-		out.Header().Set("Retry-After", "1")
-		x.answer(out, err)
+		busy(err)
 		return
 	}
 	checking := sync.OnceFunc(g.limiter.give)
@@ -231,6 +233,20 @@ func (g *Gate) ServeHTTP(w http.ResponseWriter, req *http.Request) {
 	if err := g.admit(x.peer); err != nil {
 		x.answer(out, err)
 		return
+	}
+	// Only now is it the agent's: what is refused before takes nothing of its share.
+	if err := g.limiter.agent(x.peer.ID); err != nil {
+		busy(err)
+		return
+	}
+	if req.ContentLength != 0 {
+		if err := g.limiter.takeBody(x.peer.ID); err != nil {
+			busy(err)
+			return
+		}
+		read := sync.OnceFunc(func() { g.limiter.giveBody(x.peer.ID) })
+		defer read()
+		req.Body = &arriving{req.Body, g.limiter, read}
 	}
 	// 3. The request and the signed action. The context carries the peer to peerBound.
 	x.compact = req.Header.Get(verify.Header)

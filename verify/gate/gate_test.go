@@ -285,10 +285,10 @@ func cancelOf(order string) func(*scope.Statement) {
 	}
 }
 
-// send sends a request and returns status, reason and answer.
-func (s *site) send(t testing.TB, c *http.Client, method, path, action string, body []byte, change func(*http.Request)) (int, string, string) {
+// request makes one.
+func (s *site) request(t testing.TB, ctx context.Context, method, path, action string, body io.Reader) *http.Request {
 	t.Helper()
-	req, err := http.NewRequestWithContext(t.Context(), method, "https://"+s.addr+path, bytes.NewReader(body))
+	req, err := http.NewRequestWithContext(ctx, method, "https://"+s.addr+path, body)
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -296,6 +296,13 @@ func (s *site) send(t testing.TB, c *http.Client, method, path, action string, b
 	if action != "" {
 		req.Header.Set(verify.Header, action)
 	}
+	return req
+}
+
+// send sends a request and returns status, reason and answer.
+func (s *site) send(t testing.TB, c *http.Client, method, path, action string, body []byte, change func(*http.Request)) (int, string, string) {
+	t.Helper()
+	req := s.request(t, t.Context(), method, path, action, bytes.NewReader(body))
 	if change != nil {
 		change(req)
 	}

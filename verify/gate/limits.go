@@ -1,6 +1,7 @@
 package gate
 
 import (
+	"io"
 	"net/http"
 	"net/netip"
 	"sync"
@@ -35,25 +36,30 @@ func (l *Limits) complete() {
 	}
 }
 
+// maxBodies is how many bodies are read at a time, of all agents together, as a
+// multiple of the requests that are checked at a time.
+const maxBodies = 16
+
 // limiter is Limits at work.
 type limiter struct {
 	limits Limits
 	hosts  *sources.Gate
 	busy   chan struct{}
 
-	mu     sync.Mutex
-	agents map[string]*rate.Limiter
+	mu      sync.Mutex
+	agents  map[string]*rate.Limiter
+	bodies  map[string]int // that are being read, by agent
+	reading int            // all of them
 }
 
 func newLimiter(l Limits) *limiter {
 	l.complete()
-	return &limiter{limits: l, busy: make(chan struct{}, l.ConcurrentVerifications), agents: make(map[string]*rate.Limiter),
+	return &limiter{limits: l, busy: make(chan struct{}, l.ConcurrentVerifications), agents: make(map[string]*rate.Limiter), bodies: make(map[string]int),
 		hosts: sources.New(sources.Limits{Connections: l.Connections, ConnectionsPerHost: l.ConnectionsPerHost, HandshakesPerSecond: l.HandshakesPerSecond, RequestsPerSecond: l.RequestsPerSecond})}
 }
 
-// admit is asked first for each request: it looks at the address and at the name
-// in the certificate, which the handshake has verified.
-func (l *limiter) admit(req *http.Request) error {
+// address is asked first for each request.
+func (l *limiter) address(req *http.Request) error {
 	at, err := netip.ParseAddrPort(req.RemoteAddr)
 	if err != nil {
 		return refuse(ReasonNetwork, "the connection has no IP address")
@@ -61,16 +67,12 @@ func (l *limiter) admit(req *http.Request) error {
 	if !l.hosts.Request(at.Addr().Unmap().WithZone("")) {
 		return refuse(ReasonRate, "more than %d requests a second from this address", l.limits.RequestsPerSecond)
 	}
-	if req.TLS == nil || len(req.TLS.PeerCertificates) == 0 || len(req.TLS.PeerCertificates[0].URIs) == 0 {
-		return nil // it is refused for that
-	}
-	if !l.agent(req.TLS.PeerCertificates[0].URIs[0].String()) {
-		return refuse(ReasonRate, "more than %d requests a second of this agent", l.limits.AgentRequestsPerSecond)
-	}
 	return nil
 }
 
-func (l *limiter) agent(id string) bool {
+// agent is asked once the client's certificate was checked: who has a revoked one, or comes
+// from elsewhere, must not use up what the agent may send.
+func (l *limiter) agent(id string) error {
 	l.mu.Lock()
 	r := l.agents[id]
 	if r == nil {
@@ -81,7 +83,10 @@ func (l *limiter) agent(id string) bool {
 		l.agents[id] = r
 	}
 	l.mu.Unlock()
-	return r.Allow()
+	if !r.Allow() {
+		return refuse(ReasonRate, "more than %d requests a second of this agent", l.limits.AgentRequestsPerSecond)
+	}
+	return nil
 }
 
 // take takes a place for checking one request, or says that there is none.
@@ -95,3 +100,44 @@ func (l *limiter) take() error {
 }
 
 func (l *limiter) give() { <-l.busy }
+
+// takeBody takes a place for a body that is yet to come. An agent has as many as there are
+// places for checking, so that it holds up itself alone.
+func (l *limiter) takeBody(agent string) error {
+	l.mu.Lock()
+	defer l.mu.Unlock()
+	if most := l.limits.ConcurrentVerifications; l.bodies[agent] >= most || l.reading >= maxBodies*most {
+		return refuse(ReasonRate, "%d requests of this agent wait for their bodies, and that is the most", l.bodies[agent])
+	}
+	l.bodies[agent]++
+	l.reading++
+	return nil
+}
+
+func (l *limiter) giveBody(agent string) {
+	l.mu.Lock()
+	defer l.mu.Unlock()
+	l.reading--
+	if l.bodies[agent]--; l.bodies[agent] == 0 {
+		delete(l.bodies, agent)
+	}
+}
+
+// arriving is the body of a request that has a place for checking. While it waits for the
+// client's bytes the place is another's: who sends slowly keeps nobody from being checked.
+type arriving struct {
+	io.ReadCloser
+	limiter *limiter
+	read    func() // gives the body's place back
+}
+
+// Read implements io.Reader.
+func (a *arriving) Read(b []byte) (int, error) {
+	a.limiter.give()
+	n, err := a.ReadCloser.Read(b)
+	a.limiter.busy <- struct{}{} // places are given back soon: nobody who has one waits for a client
+	if err != nil {
+		a.read()
+	}
+	return n, err
+}
