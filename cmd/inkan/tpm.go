@@ -110,6 +110,7 @@ func tpmInfo(e *env, c *cli.Context) error {
 		SHA256      string `json:"spki_sha256"`
 		Certificate bool   `json:"certificate"`
 		Issuer      string `json:"issuer,omitempty"`
+		Used        bool   `json:"used"` // by inkan signer enrol: the inventory must have this one
 	}
 	var keys []key
 	for n, ek := range eks {
@@ -117,7 +118,7 @@ func tpmInfo(e *env, c *cli.Context) error {
 		if err != nil {
 			return err
 		}
-		k := key{Algorithm: ek.Algorithm(), SHA256: fmt.Sprintf("%x", digest), Certificate: ek.Certificate != nil}
+		k := key{Algorithm: ek.Algorithm(), SHA256: fmt.Sprintf("%x", digest), Certificate: ek.Certificate != nil, Used: n == 0}
 		if ek.Certificate != nil {
 			crt, err := attest.CutCertificate(ek.Certificate)
 			if err != nil {
@@ -137,6 +138,9 @@ func tpmInfo(e *env, c *cli.Context) error {
 			what := "no certificate: pin it with --ek-pin"
 			if k.Certificate {
 				what = "certificate by " + k.Issuer
+			}
+			if !k.Used {
+				what = "not used: the first one is"
 			}
 			e.printf("EK %-9s SHA-256 %s  %s\n", k.Algorithm, k.SHA256, what)
 		}

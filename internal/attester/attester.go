@@ -47,8 +47,8 @@ type Exchange struct {
 }
 
 // Run asks the issuer for an agent's certificates. keys holds the agent's key
-// files by purpose; a key that is not there, or not of the template that the
-// issuer asks for, is made. save is called with the keys before the issuer sees
+// files by purpose; a key that is not there, or of another TPM, or not of the
+// template that the issuer asks for, is made. save is called with the keys before the issuer sees
 // their evidence, so that no certificate is issued for a key that was lost.
 // A refusal of the issuer is a *problem.Problem.
 // external holds keys that are not in the TPM, by purpose. books is the journal
@@ -224,10 +224,12 @@ func ensureKeys(dev *tpm.Device, c *attest.Challenge, have map[string][]byte, ex
 		file := have[want.Purpose]
 		if file != nil {
 			k, err := dev.LoadKey(file, out.Policies)
-			if err != nil {
+			// The issuer knows this device, and the agent on it: a key of another TPM is
+			// one from before this TPM was cleared or exchanged, and serves nobody any more.
+			if err != nil && !errors.Is(err, tpm.ErrForeignKey) {
 				return nil, err
 			}
-			if attest.HasTemplate(k.PublicArea(), want.Template) {
+			if err == nil && attest.HasTemplate(k.PublicArea(), want.Template) {
 				out.Keys[want.Purpose] = file
 				loaded = append(loaded, k)
 				continue
