@@ -128,3 +128,16 @@ func TestEndOfTheCA(t *testing.T) {
 		t.Error("a certificate was issued after the CA's end")
 	}
 }
+
+// TestAdministratorsTimeIsUp: a connection that stands does not outlast the
+// certificate that it was made with.
+func TestAdministratorsTimeIsUp(t *testing.T) {
+	o := newOffice(t)
+	if _, err := o.admin.Devices(t.Context()); err != nil {
+		t.Fatal(err)
+	}
+	o.clock(time.Now().Add(366 * 24 * time.Hour))
+	if _, err := o.admin.Devices(t.Context()); err == nil || !strings.Contains(err.Error(), "G3") {
+		t.Errorf("a year later: %v", err)
+	}
+}

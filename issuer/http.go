@@ -361,8 +361,8 @@ func (i *Issuer) adminHandler() http.Handler {
 			return
 		}
 		c, err := i.store.certificate(r.Context(), serialText(r.TLS.PeerCertificates[0].SerialNumber))
-		if err != nil || !c.Revoked.IsZero() {
-			problem.Write(w, problem.Problem{Status: http.StatusForbidden, Check: "G3", Detail: "the administrator's certificate is revoked or was not issued here"})
+		if err != nil || !c.Revoked.IsZero() || i.now().After(c.NotAfter) {
+			problem.Write(w, problem.Problem{Status: http.StatusForbidden, Check: "G3", Detail: "the administrator's certificate is revoked or over, or was not issued here"})
 			return
 		}
 		mux.ServeHTTP(w, r)

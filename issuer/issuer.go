@@ -219,7 +219,7 @@ func readPolicyKey(path string) (*ecdsa.PublicKey, error) {
 // caLifetime is how long a CA certificate made by Init lives.
 var caLifetime = 10 * 365 * 24 * time.Hour
 
-// adminLifetime is how long the administrator's certificate made by Init lives.
+// adminLifetime is how long an administrator's certificate lives.
 const adminLifetime = 365 * 24 * time.Hour
 
 // Init writes a new issuer's directory: configuration, CA certificate, the
@@ -249,7 +249,7 @@ func Init(ctx context.Context, dir string, yaml []byte, name string, key crypto.
 		return err
 	}
 	for file, b := range map[string][]byte{
-		ConfigFile: yaml, CAFile: certificatePEM(ca), PolicyFile: pem.EncodeToMemory(&pem.Block{Type: "PUBLIC KEY", Bytes: spki}),
+		CAFile: certificatePEM(ca), PolicyFile: pem.EncodeToMemory(&pem.Block{Type: "PUBLIC KEY", Bytes: spki}),
 	} {
 		if err := durable.WriteFile(filepath.Join(dir, file), b, 0o644); err != nil {
 			return err
@@ -259,11 +259,27 @@ func Init(ctx context.Context, dir string, yaml []byte, name string, key crypto.
 	if err != nil {
 		return err
 	}
-	crt, err := i.issue(ctx, order{profile: profileAdmin, key: admin, common: "administrator", lifetime: adminLifetime})
+	crt, err := i.CertifyAdministrator(ctx, "administrator", admin)
 	if err == nil {
-		err = durable.WriteFile(filepath.Join(dir, AdminFile), certificatePEM(crt.Raw), 0o644)
+		err = durable.WriteFile(filepath.Join(dir, AdminFile), crt, 0o644)
+	}
+	if err == nil { // last: with it the directory has an issuer
+		err = durable.WriteFile(filepath.Join(dir, ConfigFile), yaml, 0o644)
 	}
 	return errors.Join(err, i.Close())
+}
+
+// CertifyAdministrator certifies an administrator's key for a year, in PEM. It
+// takes the CA's key, so it is for who has that, and no API offers it.
+func (i *Issuer) CertifyAdministrator(ctx context.Context, name string, key crypto.PublicKey) ([]byte, error) {
+	if !validID(name) {
+		return nil, fmt.Errorf("administrator's name %.80q: %s", name, idRule)
+	}
+	crt, err := i.issue(ctx, order{profile: profileAdmin, key: key, common: name, lifetime: adminLifetime})
+	if err != nil {
+		return nil, err
+	}
+	return certificatePEM(crt.Raw), nil
 }
 
 func certificatePEM(der []byte) []byte {

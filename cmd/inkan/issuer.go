@@ -64,6 +64,9 @@ func issuerCommand(e *env) *cli.Command {
 				&cli.StringSliceFlag{Name: "server-name", Usage: "DNS `NAME` or address in the servers' certificate; localhost and 127.0.0.1 by default"},
 				str("regions", "geofeed (.csv) or MMDB (.mmdb) `FILE` that says where addresses are, for scopes with source_regions"),
 				&cli.StringFlag{Name: "lifetime", Value: "24h", Usage: "`DURATION` of agents' certificates"}),
+			sub("admin", "certify an administrator's key for a year, with the CA's key", issuerAdmin, dirFlag(), jsonFlag(),
+				&cli.StringFlag{Name: "name", Value: "administrator", Usage: "`NAME` in the certificate"},
+				str("public-key", "PEM `FILE` with the P-256 public key of another administrator, in place of admin.key of --dir"), str("out", "write the certificate to `FILE`; by default admin.pem of --dir")),
 			sub("serve", "serve hosts, administrators and receivers", issuerServe, dirFlag()),
 			{Name: "device", Usage: "the TPMs in the inventory", Subcommands: []*cli.Command{
 				sub("add", "add a TPM", deviceAdd, adminFlags(str("id", "`NAME` of the device"), str("ek-certificate", "PEM `FILE` of the EK certificate"),
@@ -259,6 +262,56 @@ func issuerServe(e *env, c *cli.Context) error {
 	return errors.Join(err, i.Close())
 }
 
+// issuerAdmin renews the certificate of the administrator in --dir, or makes
+// one for another. A server that runs takes it at once.
+func issuerAdmin(e *env, c *cli.Context) error {
+	config, err := readIssuerConfig(c)
+	if err != nil {
+		return err
+	}
+	out := c.String("out")
+	var public crypto.PublicKey
+	switch path := c.String("public-key"); {
+	case path != "" && out == "":
+		return usage("--out is missing: the certificate of another's key does not belong into --dir")
+	case path != "":
+		if public, err = readPublicKey(path); err != nil {
+			return err
+		}
+	default:
+		k, closer, err := keyuri.Open("file:" + filepath.Join(c.String("dir"), issuer.AdminKeyFile))
+		if err != nil {
+			return err
+		}
+		defer closer.Close()
+		public = k.Public()
+	}
+	if out == "" {
+		out = filepath.Join(c.String("dir"), issuer.AdminFile)
+	}
+	key, closer, err := keyuri.Open(config.CAKey)
+	if err != nil {
+		return err
+	}
+	defer closer.Close()
+	i, err := issuer.New(c.Context, c.String("dir"), config, key, logger(e))
+	if err != nil {
+		return err
+	}
+	crt, err := i.CertifyAdministrator(c.Context, c.String("name"), public)
+	if err = errors.Join(err, i.Close()); err != nil {
+		return err
+	}
+	if err := durable.WriteFile(out, crt, 0o644); err != nil {
+		return err
+	}
+	return e.show(c, map[string]string{"certificate": out}, func() { e.printf("%s\n", out) })
+}
+
+// adminNotice is how long before its end an administrator's certificate is
+// complained of.
+const adminNotice = 30 * 24 * time.Hour
+
 // adminClient reaches the issuer with the administrator's certificate in --dir.
 func adminClient(c *cli.Context) (*issuer.Client, error) {
 	dir := c.String("dir")
@@ -277,6 +330,11 @@ func adminClient(c *cli.Context) (*issuer.Client, error) {
 	admin, err := tls.LoadX509KeyPair(filepath.Join(dir, issuer.AdminFile), filepath.Join(dir, issuer.AdminKeyFile))
 	if err != nil {
 		return nil, fmt.Errorf("the administrator's certificate: %w", err)
+	}
+	if end := admin.Leaf.NotAfter; time.Now().After(end) {
+		return nil, fmt.Errorf("the administrator's certificate ended at %s: inkan issuer admin, where the CA's key is, makes another", end.Format(time.RFC3339))
+	} else if time.Until(end) < adminNotice {
+		fmt.Fprintf(c.App.ErrWriter, "inkan: the administrator's certificate ends at %s: inkan issuer admin makes another\n", end.Format(time.RFC3339))
 	}
 	return issuer.NewClient(base, ca[0], admin), nil
 }
