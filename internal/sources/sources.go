@@ -56,16 +56,17 @@ func origin(a netip.Addr) netip.Prefix {
 	return p
 }
 
-// of finds or makes a source; nil when there are too many. g.mu is held.
+// of finds or makes a source; nil when there are too many that have connections. g.mu is held.
 func (g *Gate) of(a netip.Addr) *source {
 	key, now := origin(a), g.now()
 	s := g.sources[key]
 	if s == nil {
 		if len(g.sources) >= maxSources {
-			for k, old := range g.sources {
-				if old.open == 0 && now.Sub(old.seen) > time.Minute {
-					delete(g.sources, k)
-				}
+			g.forget(now.Add(-time.Minute))
+			if len(g.sources) > maxSources/2 {
+				// Somebody has many addresses. Those without a connection have their rates
+				// anew, once in a while, and nobody is kept out.
+				g.forget(now)
 			}
 		}
 		if len(g.sources) >= maxSources {
@@ -77,6 +78,15 @@ func (g *Gate) of(a netip.Addr) *source {
 	}
 	s.seen = now
 	return s
+}
+
+// forget drops sources without a connection that were not seen since a moment.
+func (g *Gate) forget(since time.Time) {
+	for k, s := range g.sources {
+		if s.open == 0 && !s.seen.After(since) {
+			delete(g.sources, k)
+		}
+	}
 }
 
 // Enter takes a place for a connection. Every true is paid back by Leave.

@@ -81,3 +81,26 @@ func TestListener(t *testing.T) {
 		t.Error(err)
 	}
 }
+
+// TestManySources: who has many addresses keeps nobody else out.
+func TestManySources(t *testing.T) {
+	g := sources.New(sources.Limits{Connections: 100000, ConnectionsPerHost: 2, HandshakesPerSecond: 100, RequestsPerSecond: 3})
+	held := netip.MustParseAddr("192.0.2.1")
+	for range 2 {
+		if !g.Enter(held) {
+			t.Fatal("a first connection was turned away")
+		}
+	}
+	for i := range 20000 {
+		a := netip.AddrFrom16([16]byte{0x20, 0x01, 0x0d, 0xb8, 0, 0, byte(i >> 8), byte(i)})
+		if g.Enter(a) {
+			g.Leave(a)
+		}
+	}
+	if !g.Enter(netip.MustParseAddr("192.0.2.2")) {
+		t.Error("an address that was not seen before is turned away")
+	}
+	if g.Enter(held) {
+		t.Error("the connections that an address has were forgotten")
+	}
+}
