@@ -65,11 +65,13 @@ type Proxy struct {
 
 	mu      sync.Mutex
 	tunnels map[*tunnel]struct{}
+	// upgraded are connections of HTTP that speak something else by now, or ask to.
+	upgraded map[*visitor]struct{}
 }
 
 // New makes a proxy. owners is for a listener on the loopback.
 func New(l *ListenerConfig, agent string, d *wire.Dialer, owners *caller.Owners, m *Metrics, log *slog.Logger) *Proxy {
-	p := &Proxy{config: l, dialer: d, owners: owners, metrics: m.agent(agent), log: log.With("agent", agent, "listener", l.Listen), tunnels: make(map[*tunnel]struct{})}
+	p := &Proxy{config: l, dialer: d, owners: owners, metrics: m.agent(agent), log: log.With("agent", agent, "listener", l.Listen), tunnels: make(map[*tunnel]struct{}), upgraded: make(map[*visitor]struct{})}
 	upstream := d.Transport(l.MaxConnections)
 	upstream.SignRequests = l.SignRequests
 	p.http = &httputil.ReverseProxy{
@@ -116,6 +118,9 @@ func (p *Proxy) Serve(ctx context.Context, l net.Listener) error {
 		}
 		done <- err
 	})
+	watch, cancel := context.WithCancel(ctx)
+	defer cancel()
+	go p.watch(watch)
 	err := s.Serve(in)
 	if stop() {
 		return err // the listener failed
@@ -132,6 +137,35 @@ type visitor struct {
 	process *caller.Process // of a unix socket
 	refused error           // nil: it may use the listener
 	once    sync.Once
+
+	upgraded atomic.Pointer[target] // where it leads, once it may speak another protocol than HTTP
+}
+
+// Read implements net.Conn. What is no HTTP any more is nobody's but the process's that
+// opened the connection; of HTTP the requests and their bodies are looked at.
+func (v *visitor) Read(b []byte) (int, error) {
+	n, err := v.Conn.Read(b)
+	if n > 0 && v.upgraded.Load() != nil {
+		if err := v.may(); err != nil {
+			return 0, err
+		}
+	}
+	return n, err
+}
+
+// ownBody is a request's body, of which nobody else has sent a part.
+type ownBody struct {
+	io.ReadCloser
+	v *visitor
+}
+
+// Read implements io.Reader.
+func (o *ownBody) Read(b []byte) (int, error) {
+	n, err := o.ReadCloser.Read(b)
+	if err := o.v.may(); err != nil {
+		return 0, err
+	}
+	return n, err
 }
 
 // Close closes the connection.
@@ -238,7 +272,19 @@ func (p *Proxy) ServeHTTP(w http.ResponseWriter, req *http.Request) {
 		return
 	}
 	if req.ContentLength != 0 { // -1: not known
-		req.Body = http.MaxBytesReader(w, req.Body, p.config.MaxBody)
+		req.Body = http.MaxBytesReader(w, &ownBody{req.Body, v}, p.config.MaxBody)
+	}
+	if req.Header.Get("Upgrade") != "" { // if the server agrees this does not return before the connection ends
+		v.upgraded.Store(to)
+		p.mu.Lock()
+		p.upgraded[v] = struct{}{}
+		p.mu.Unlock()
+		defer func() {
+			p.mu.Lock()
+			delete(p.upgraded, v)
+			p.mu.Unlock()
+			v.upgraded.Store(nil)
+		}()
 	}
 	// 5. Forwarded.
 	p.http.ServeHTTP(w, req.WithContext(context.WithValue(req.Context(), targetKey{}, to)))

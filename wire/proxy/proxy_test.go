@@ -733,3 +733,120 @@ func FuzzParseConfig(f *testing.F) {
 		}
 	})
 }
+
+// TestStrangersBytes: a process that was passed the descriptor can add nothing to a
+// request of the one that opened the connection, nor to what it has upgraded.
+func TestStrangersBytes(t *testing.T) {
+	b := newBench(t)
+	got := make(chan string, 2)
+	b.server.Config.Handler = http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
+		if r.Header.Get("Upgrade") == "" {
+			body, err := io.ReadAll(r.Body)
+			got <- fmt.Sprintf("%s, %v", body, err)
+			return
+		}
+		c, rw, err := http.NewResponseController(w).Hijack()
+		if err != nil {
+			t.Error(err)
+			return
+		}
+		defer c.Close()
+		_, _ = rw.WriteString("HTTP/1.1 101 Switching Protocols\r\nConnection: Upgrade\r\nUpgrade: echo\r\n\r\n")
+		_ = rw.Flush()
+		body, err := io.ReadAll(rw)
+		got <- fmt.Sprintf("%s, %v", body, err)
+	})
+	path := filepath.Join(t.TempDir(), "s")
+	b.start(t, fmt.Sprintf(`{listen: "unix:%s", protocol: http, upstream: %q, callers: [{user: %s}]}`, path, b.server.Listener.Addr(), me()))
+	for name, head := range map[string]string{
+		"body":    "POST / HTTP/1.1\r\nHost: x\r\nContent-Length: 16\r\n\r\nown ",
+		"upgrade": "GET / HTTP/1.1\r\nHost: x\r\nConnection: Upgrade\r\nUpgrade: echo\r\n\r\n",
+	} {
+		t.Run(name, func(t *testing.T) {
+			c, err := net.Dial("unix", path)
+			if err != nil {
+				t.Fatal(err)
+			}
+			defer c.Close()
+			if _, err := io.WriteString(c, head); err != nil {
+				t.Fatal(err)
+			}
+			if name == "upgrade" {
+				if line, err := bufio.NewReader(c).ReadString('\n'); err != nil || !strings.Contains(line, "101") {
+					t.Fatalf("%s, %v", line, err)
+				}
+				if _, err := io.WriteString(c, "own "); err != nil {
+					t.Fatal(err)
+				}
+			}
+			time.Sleep(200 * time.Millisecond) // what is its own goes through
+			f, err := c.(*net.UnixConn).File()
+			if err != nil {
+				t.Fatal(err)
+			}
+			cmd := exec.Command("printf", "strangebytes")
+			cmd.Stdout = f
+			if err := errors.Join(cmd.Run(), f.Close()); err != nil {
+				t.Fatal(err)
+			}
+			if name == "upgrade" {
+				time.Sleep(200 * time.Millisecond)
+				_ = c.Close()
+			}
+			select {
+			case text := <-got:
+				if strings.Contains(text, "strange") {
+					t.Errorf("the server got %s", text)
+				}
+			case <-time.After(10 * time.Second):
+				t.Error("the server waits for more")
+			}
+		})
+	}
+}
+
+// TestUpgradedEnds: what a server has upgraded ends when the scope no longer names it.
+func TestUpgradedEnds(t *testing.T) {
+	b := newBench(t)
+	b.server.Config.Handler = http.HandlerFunc(func(w http.ResponseWriter, _ *http.Request) {
+		c, rw, err := http.NewResponseController(w).Hijack()
+		if err != nil {
+			t.Error(err)
+			return
+		}
+		defer c.Close()
+		_, _ = rw.WriteString("HTTP/1.1 101 Switching Protocols\r\nConnection: Upgrade\r\nUpgrade: echo\r\n\r\n")
+		_ = rw.Flush()
+		_, _ = io.Copy(c, rw)
+	})
+	r := b.start(t, fmt.Sprintf(`{listen: "127.0.0.1:0", protocol: http, upstream: %q, callers: [{user: %s}]}`, b.server.Listener.Addr(), me()))
+	c, err := net.Dial("tcp", r.at)
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer c.Close()
+	if _, err := io.WriteString(c, "GET / HTTP/1.1\r\nHost: x\r\nConnection: Upgrade\r\nUpgrade: echo\r\n\r\nping"); err != nil {
+		t.Fatal(err)
+	}
+	in := bufio.NewReader(c)
+	res, err := http.ReadResponse(in, nil)
+	if err != nil || res.StatusCode != http.StatusSwitchingProtocols {
+		t.Fatalf("%v, %v", res, err)
+	}
+	if _, err := io.WriteString(c, "ping"); err != nil {
+		t.Fatal(err)
+	}
+	if _, err := in.Peek(4); err != nil {
+		t.Fatal(err)
+	}
+	b.write(t, `{"allowed_actions":["order.cancel"],"allowed_venues":["XPAR"],"version":1}`)
+	if err := c.SetReadDeadline(time.Now().Add(10 * time.Second)); err != nil {
+		t.Fatal(err)
+	}
+	if rest, err := io.ReadAll(in); errors.Is(err, os.ErrDeadlineExceeded) {
+		t.Errorf("it goes on: %q", rest)
+	}
+	if m := r.metric(t); !strings.Contains(m, `rule="destinations"} 1`) {
+		t.Errorf("the refusal does not show in\n%s", m)
+	}
+}

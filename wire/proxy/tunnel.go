@@ -131,6 +131,26 @@ func (t *tunnel) copy(to io.Writer, from io.Reader, may func() error) error {
 	}
 }
 
+// endUpgraded ends connections that have left HTTP and may no longer be.
+func (p *Proxy) endUpgraded() {
+	p.mu.Lock()
+	defer p.mu.Unlock()
+	for v := range p.upgraded {
+		to := v.upgraded.Load()
+		if to == nil {
+			continue
+		}
+		_, err := p.dialer.Destination(to.host, to.port)
+		if err == nil {
+			err = v.may()
+		}
+		if err != nil {
+			p.refused(context.Background(), refusalOf(err))
+			_ = v.Close() // the other side ends with it
+		}
+	}
+}
+
 // watch ends tunnels that may no longer be: the scope that is in force now does not name the
 // destination, the process has ended, or nothing went through for too long.
 func (p *Proxy) watch(ctx context.Context) {
@@ -141,6 +161,10 @@ func (p *Proxy) watch(ctx context.Context) {
 		case <-ctx.Done():
 			return
 		case now := <-tick.C:
+			if p.config.Protocol != TCP {
+				p.endUpgraded()
+				continue
+			}
 			_, err := p.dialer.Destination(p.config.host, p.config.port)
 			p.closeTunnels(func(t *tunnel) *scope.Refusal {
 				why := err
