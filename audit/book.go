@@ -1,14 +1,11 @@
 package audit
 
 import (
-	"bytes"
 	"context"
 	"crypto/sha256"
-	"encoding/binary"
 	"errors"
 	"fmt"
 	"os"
-	"runtime"
 	"sync"
 	"sync/atomic"
 
@@ -19,12 +16,9 @@ import (
 // file of its own, so that a start does not read a day's entries again. It is no
 // truth of its own: it is bound to the entry up to which it goes, the entries after
 // that one are read, and a file that does not fit is left aside. Without it a start takes longer.
-const (
-	bookMagic = "INKBOOK1"
-	bookHead  = len(bookMagic) + 8 + 2*sha256.Size
 
-	bookBatch = 10_000 // entries that are read at a time
-)
+// bookBatch is how many entries are read at a time.
+const bookBatch = 10_000
 
 // maxBook bounds after how many entries the file is renewed while the log is open.
 const maxBook = 500_000
@@ -48,12 +42,11 @@ func (l *Log) bookOf(ctx context.Context, head Head) (*scope.Book, uint64, error
 	if err != nil {
 		return nil, 0, err
 	}
-	if len(b) < bookHead || string(b[:len(bookMagic)]) != bookMagic {
-		return nil, 0, errNoBook
+	var kept scope.KeptBook
+	if err := kept.UnmarshalBinary(b); err != nil {
+		return nil, 0, fmt.Errorf("%w: %w", errNoBook, err)
 	}
-	rest := b[len(bookMagic):]
-	counter := binary.BigEndian.Uint64(rest)
-	entry, sum, body := rest[8:8+sha256.Size], rest[8+sha256.Size:8+2*sha256.Size], b[bookHead:]
+	counter := uint64(kept.UpTo)
 	if counter == 0 || counter > head.Size {
 		return nil, 0, errNoBook
 	}
@@ -61,31 +54,18 @@ func (l *Log) bookOf(ctx context.Context, head Head) (*scope.Book, uint64, error
 	if err != nil {
 		return nil, 0, err
 	}
-	if got := sha256.Sum256(raw); !bytes.Equal(got[:], entry) || st.Time.Time.Before(head.Time.Add(-scope.MaxWindow)) {
+	if sha256.Sum256(raw) != kept.Entry || st.Time.Time.Before(head.Time.Add(-scope.MaxWindow)) {
 		return nil, 0, errNoBook
 	}
-	if got := sha256.Sum256(body); !bytes.Equal(got[:], sum) {
-		return nil, 0, errNoBook
-	}
-	book := scope.NewBook()
-	if err := book.UnmarshalBinary(body); err != nil {
-		return nil, 0, fmt.Errorf("%w: %w", errNoBook, err)
-	}
-	return book, counter, nil
+	return kept.Book, counter, nil
 }
 
 // keepBook writes what is kept. A file that is cut off does not fit, so it is not synced.
 func keepBook(path string, book *scope.Book, counter uint64, entry [32]byte) error {
-	b := make([]byte, bookHead, 1<<20)
-	copy(b, bookMagic)
-	binary.BigEndian.PutUint64(b[len(bookMagic):], counter)
-	copy(b[len(bookMagic)+8:], entry[:])
-	b, err := book.AppendBinary(b)
+	b, err := (&scope.KeptBook{Book: book, UpTo: scope.Counter(counter), Entry: entry}).AppendBinary(make([]byte, 0, 1<<20))
 	if err != nil {
 		return err
 	}
-	sum := sha256.Sum256(b[bookHead:])
-	copy(b[len(bookMagic)+8+sha256.Size:], sum[:])
 	name := bookFile(path)
 	if err := os.WriteFile(name+".new", b, 0o600); err != nil {
 		return err
@@ -139,9 +119,9 @@ func (l *Log) count(ctx context.Context, book *scope.Book, first, last uint64) e
 		if err != nil {
 			return err
 		}
-		statements, err := parseAll(list)
+		statements, err := scope.ParseStatements(list)
 		if err != nil {
-			return err
+			return fmt.Errorf("%w: %w", ErrDamaged, err)
 		}
 		for _, st := range statements {
 			if st.Controls != book.Lasting() {
@@ -151,25 +131,6 @@ func (l *Log) count(ctx context.Context, book *scope.Book, first, last uint64) e
 		}
 	}
 	return nil
-}
-
-// parseAll reads statements on all processors.
-func parseAll(list [][]byte) ([]*scope.Statement, error) {
-	out := make([]*scope.Statement, len(list))
-	errs := make([]error, runtime.GOMAXPROCS(0))
-	var wg sync.WaitGroup
-	for w := range errs {
-		wg.Go(func() {
-			for i := w; i < len(list) && errs[w] == nil; i += len(errs) {
-				out[i], errs[w] = scope.ParseStatement(list[i])
-			}
-		})
-	}
-	wg.Wait()
-	if err := errors.Join(errs...); err != nil {
-		return nil, fmt.Errorf("%w: %w", ErrDamaged, err)
-	}
-	return out, nil
 }
 
 // keeper renews the file that is kept while the log is open, on a book of its own:
