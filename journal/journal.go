@@ -71,46 +71,94 @@ func Open(path string) (*Journal, error) {
 		return nil, err
 	}
 	j := &Journal{file: f, now: time.Now}
-	if err := j.locked(j.mend); err != nil {
+	if err := j.locked(func() error { return nil }); err != nil {
 		return nil, errors.Join(fmt.Errorf("journal %s: %w", path, err), f.Close())
 	}
 	return j, nil
 }
 
-// mend cuts off what follows the last end of a line.
+// mend cuts off what follows the last end of a line: a process that was killed
+// left it.
 func (j *Journal) mend() error {
 	fi, err := j.file.Stat()
 	if err != nil {
 		return err
 	}
-	tail := make([]byte, min(fi.Size(), maxLine))
-	if _, err := j.file.ReadAt(tail, fi.Size()-int64(len(tail))); err != nil && err != io.EOF {
-		return err
+	tail := make([]byte, min(fi.Size(), 1), maxLine)
+	for {
+		if _, err := j.file.ReadAt(tail, fi.Size()-int64(len(tail))); err != nil && err != io.EOF {
+			return err
+		}
+		end := bytes.LastIndexByte(tail, '\n') + 1
+		switch whole := min(fi.Size(), maxLine); {
+		case end == len(tail):
+			return nil
+		case end == 0 && int64(len(tail)) < whole:
+			tail = tail[:whole]
+			continue
+		case end == 0 && whole < fi.Size():
+			return errors.New("it does not end in lines: it is another kind of file")
+		}
+		return j.file.Truncate(fi.Size() - int64(len(tail)-end))
 	}
-	end := bytes.LastIndexByte(tail, '\n') + 1
-	if end == len(tail) {
-		return nil
-	}
-	if end == 0 && int64(len(tail)) < fi.Size() {
-		return errors.New("it does not end in lines: it is another kind of file")
-	}
-	return j.file.Truncate(fi.Size() - int64(len(tail)-end))
 }
 
+// locked runs f when nobody else writes and the file ends with a whole line.
 func (j *Journal) locked(f func() error) error {
-	if err := unix.Flock(int(j.file.Fd()), unix.LOCK_EX); err != nil {
+	release, err := j.lock()
+	if err != nil {
 		return err
 	}
-	return errors.Join(f(), unix.Flock(int(j.file.Fd()), unix.LOCK_UN))
+	return release(f())
 }
 
+// lock keeps others from writing until release, which passes an error on.
+func (j *Journal) lock() (release func(error) error, err error) {
+	if err := unix.Flock(int(j.file.Fd()), unix.LOCK_EX); err != nil {
+		return nil, err
+	}
+	release = func(err error) error { return errors.Join(err, unix.Flock(int(j.file.Fd()), unix.LOCK_UN)) }
+	if err := j.mend(); err != nil {
+		return nil, release(err)
+	}
+	return release, nil
+}
+
+// write appends a line, or nothing.
 func (j *Journal) write(l *line) error {
 	b, err := strictjson.Marshal(l)
 	if err != nil {
 		return err
 	}
-	_, err = j.file.Write(append(b, '\n'))
-	return err
+	return j.append(append(b, '\n'))
+}
+
+// append appends bytes. Where the disk has no room for all of them, none stays.
+func (j *Journal) append(b []byte) error {
+	n, err := j.file.Write(b)
+	if err == nil || n == 0 {
+		return err
+	}
+	return errors.Join(err, j.cut(n))
+}
+
+// cut takes the last bytes away.
+func (j *Journal) cut(n int) error {
+	fi, err := j.file.Stat()
+	if err != nil {
+		return err
+	}
+	return j.file.Truncate(fi.Size() - int64(n))
+}
+
+// room says whether the disk has room for a line. What the TPM gives once must
+// not be asked for in vain.
+func (j *Journal) room() error {
+	b := make([]byte, maxLine/2) // has no line end, so what a process that was killed left of it is cut off
+	if err := j.append(b); err != nil {
+		return err
+	}
+	return j.cut(len(b))
 }
 
 // Close closes the file.
@@ -123,14 +171,14 @@ func (j *Journal) Begin(keyName []byte, digest [32]byte, message []byte) (done f
 		a.Message = message
 	}
 	j.mu.Lock()
-	if err := unix.Flock(int(j.file.Fd()), unix.LOCK_EX); err != nil {
+	unlock, err := j.lock()
+	if err != nil {
 		j.mu.Unlock()
 		return nil, err
 	}
 	release := func(err error) error {
-		err = errors.Join(err, unix.Flock(int(j.file.Fd()), unix.LOCK_UN))
-		j.mu.Unlock()
-		return err
+		defer j.mu.Unlock()
+		return unlock(err)
 	}
 	if err := j.write(&line{Asked: a}); err != nil {
 		return nil, release(err)
@@ -154,6 +202,9 @@ func (j *Journal) Testify(ak []byte, take func() (attest.Attested, error)) (a at
 	j.mu.Lock()
 	defer j.mu.Unlock()
 	return a, j.locked(func() (err error) {
+		if err := j.room(); err != nil {
+			return err
+		}
 		if a, err = take(); err != nil {
 			return err
 		}

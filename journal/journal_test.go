@@ -8,8 +8,11 @@ import (
 	"errors"
 	"os"
 	"os/exec"
+	"os/signal"
 	"path/filepath"
 	"testing"
+
+	"golang.org/x/sys/unix"
 
 	"inkan/attest"
 	"inkan/journal"
@@ -389,4 +392,64 @@ func FuzzVerify(f *testing.F) {
 			t.Fatal("a signature that no TPM testified to")
 		}
 	})
+}
+
+// TestFullDisk: a line that the disk had no room for in whole is not left in
+// part, where the next one would be a part of it too.
+func TestFullDisk(t *testing.T) {
+	b := newBench(t)
+	b.testify(t)
+	b.signs(t, "one") // the TPM will testify to it
+	fi, err := os.Stat(b.path)
+	if err != nil {
+		t.Fatal(err)
+	}
+	signal.Ignore(unix.SIGXFSZ)
+	defer signal.Reset(unix.SIGXFSZ)
+	var before unix.Rlimit
+	if err := unix.Getrlimit(unix.RLIMIT_FSIZE, &before); err != nil {
+		t.Fatal(err)
+	}
+	full := before
+	full.Cur = uint64(fi.Size()) + 20
+	if err := unix.Setrlimit(unix.RLIMIT_FSIZE, &full); err != nil {
+		t.Fatal(err)
+	}
+	_, err = crypto.SignMessage(b.key, nil, []byte("two"), crypto.SHA256)
+	_, testimony := b.dev.Testify([]byte("x")) // the TPM gives it once
+	if again := unix.Setrlimit(unix.RLIMIT_FSIZE, &before); again != nil {
+		t.Fatal(again)
+	}
+	if !errors.Is(err, unix.EFBIG) || !errors.Is(testimony, unix.EFBIG) {
+		t.Fatalf("without room for it: %v, %v", err, testimony)
+	}
+	b.signs(t, "three")
+	b.testify(t)
+	if r, err := b.verify(t); err != nil || r.Signatures != 2 || len(r.Lost) != 0 {
+		t.Errorf("%+v, %v", r, err)
+	}
+}
+
+// TestKilledBesideOthers: what a process that was killed left of a line is cut
+// off by the others that write to the file, not at their next start alone.
+func TestKilledBesideOthers(t *testing.T) {
+	b := newBench(t)
+	b.signs(t, "one")
+	for left, write := range map[string]func(){`{"asked":{"key":"00`: func() { b.signs(t, "two") }, string(make([]byte, 8<<10)): func() { b.testify(t) }} {
+		f, err := os.OpenFile(b.path, os.O_WRONLY|os.O_APPEND, 0)
+		if err != nil {
+			t.Fatal(err)
+		}
+		if _, err := f.WriteString(left); err != nil {
+			t.Fatal(err)
+		}
+		if err := f.Close(); err != nil {
+			t.Fatal(err)
+		}
+		write()
+	}
+	b.testify(t)
+	if r, err := b.verify(t); err != nil || r.Signatures != 2 || len(r.Lost) != 0 {
+		t.Errorf("%+v, %v", r, err)
+	}
 }
