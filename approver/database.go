@@ -11,16 +11,13 @@ import (
 	"inkan/internal/sqlite"
 )
 
-// schemaVersion is of the tables below. A record of another version is refused.
-const schemaVersion = 1
+// schemaVersion is of the tables below. A record of version 1 is brought to it,
+// and keeps its entries; one of another version is refused.
+const schemaVersion = 2
 
 // The record is a copy of what each agent's signer wrote down, denials too,
 // and what was authorized of it. Both databases know these types.
 const schema = `
-CREATE TABLE IF NOT EXISTS record(
-	one     BIGINT PRIMARY KEY CHECK(one = 1),
-	version BIGINT NOT NULL
-);
 CREATE TABLE IF NOT EXISTS agent(
 	agent    TEXT PRIMARY KEY,
 	size     BIGINT NOT NULL,           -- entries
@@ -36,7 +33,20 @@ CREATE TABLE IF NOT EXISTS entry(
 	authorized BIGINT NOT NULL,         -- how often
 	PRIMARY KEY(agent, counter)
 );
+CREATE TABLE IF NOT EXISTS book(        -- since version 2: what is kept for the next start
+	agent TEXT NOT NULL,
+	size  BIGINT NOT NULL,              -- entries that it counts
+	part  BIGINT NOT NULL,              -- from 0
+	bytes BYTEA NOT NULL,
+	PRIMARY KEY(agent, size, part)
+);
 `
+
+const schemaRecord = `
+CREATE TABLE IF NOT EXISTS record(
+	one     BIGINT PRIMARY KEY CHECK(one = 1),
+	version BIGINT NOT NULL
+)`
 
 // schemaLock is held while the tables are made, so that approvers that start
 // together do not both make them.
@@ -49,7 +59,11 @@ func OpenRecord(ctx context.Context, path string) (*Record, error) {
 		return nil, err
 	}
 	db.SetMaxOpenConns(1)
-	r := &Record{db: db, agents: make(map[string]*ledger)}
+	reads, err := sqlite.OpenReadOnly(path)
+	if err != nil {
+		return nil, errors.Join(err, db.Close())
+	}
+	r := newRecord(db, reads)
 	if err = r.prepare(ctx); err == nil {
 		err = r.statements(ctx)
 	}
@@ -57,7 +71,7 @@ func OpenRecord(ctx context.Context, path string) (*Record, error) {
 		err = os.Chmod(path, 0o600)
 	}
 	if err != nil {
-		return nil, errors.Join(fmt.Errorf("opening the record %s: %w", path, err), db.Close())
+		return nil, errors.Join(fmt.Errorf("opening the record %s: %w", path, err), r.Close())
 	}
 	return r, nil
 }
@@ -76,17 +90,19 @@ func OpenSharedRecord(ctx context.Context, url, passwordFile string) (*Record, e
 	if err != nil {
 		return nil, err
 	}
-	r := &Record{postgres: true, agents: make(map[string]*ledger)}
-	if r.db, err = at.Open("inkan approver", passwordFile); err != nil {
+	db, err := at.Open("inkan approver", passwordFile)
+	if err != nil {
 		return nil, err
 	}
+	r := newRecord(db, db)
+	r.postgres = true
 	ctx, cancel := context.WithTimeout(ctx, postgres.Patience)
 	defer cancel()
 	if err = r.prepare(ctx); err == nil {
 		err = r.statements(ctx)
 	}
 	if err != nil {
-		return nil, errors.Join(fmt.Errorf("opening the record in %s: %w", at, err), r.db.Close())
+		return nil, errors.Join(fmt.Errorf("opening the record in %s: %w", at, err), r.Close())
 	}
 	return r, nil
 }
@@ -106,10 +122,8 @@ func (r *Record) prepare(ctx context.Context) error {
 			return err
 		}
 	}
-	for statement := range strings.SplitSeq(schema, ";\n") {
-		if _, err := tx.ExecContext(ctx, statement); err != nil {
-			return err
-		}
+	if _, err := tx.ExecContext(ctx, schemaRecord); err != nil {
+		return err
 	}
 	if _, err := tx.ExecContext(ctx, "INSERT INTO record(one, version) VALUES(1, $1) ON CONFLICT(one) DO NOTHING", schemaVersion); err != nil {
 		return err
@@ -118,8 +132,19 @@ func (r *Record) prepare(ctx context.Context) error {
 	if err := tx.QueryRowContext(ctx, "SELECT version FROM record").Scan(&version); err != nil {
 		return err
 	}
-	if version != schemaVersion {
+	switch version {
+	case schemaVersion:
+	case 1: // it had no kept books; approvers that know version 1 and are running do not look at them
+		if _, err := tx.ExecContext(ctx, "UPDATE record SET version = $1", schemaVersion); err != nil {
+			return err
+		}
+	default:
 		return fmt.Errorf("its tables are of version %d, this program knows version %d", version, schemaVersion)
+	}
+	for statement := range strings.SplitSeq(schema, ";\n") {
+		if _, err := tx.ExecContext(ctx, statement); err != nil {
+			return err
+		}
 	}
 	return tx.Commit()
 }

@@ -119,8 +119,8 @@ func TestSharedRecordOpensAtOnce(t *testing.T) {
 		})
 	}
 	wg.Wait()
-	s.exec(t, "UPDATE record SET version = 2")
-	if _, err := approver.OpenSharedRecord(t.Context(), s.url, s.password); err == nil || !strings.Contains(err.Error(), "version 2, this program knows version 1") {
+	s.exec(t, "UPDATE record SET version = 3")
+	if _, err := approver.OpenSharedRecord(t.Context(), s.url, s.password); err == nil || !strings.Contains(err.Error(), "version 3, this program knows version 2") {
 		t.Errorf("tables of a later version: %v", err)
 	}
 }

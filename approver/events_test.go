@@ -15,7 +15,7 @@ import (
 // event makes the next statement that of an event.
 func event(kind scope.Kind, text string) func(*scope.Statement) {
 	return func(s *scope.Statement) {
-		*s = scope.Statement{Version: 1, Issuer: s.Issuer, Agent: s.Agent, Counter: s.Counter, Previous: s.Previous, Time: s.Time, Expires: s.Expires, Attestation: s.Attestation,
+		*s = scope.Statement{Version: 1, Issuer: s.Issuer, Agent: s.Agent, Counter: s.Counter, Previous: s.Previous, Time: s.Time, Expires: s.Expires, Attestation: s.Attestation, Open: s.Open,
 			Kind: kind, Event: text, Controls: s.Controls, Decision: scope.Decision{Decision: scope.DecisionEvent, Certificate: s.Decision.Certificate, Scope: s.Decision.Scope}}
 	}
 }

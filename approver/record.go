@@ -8,10 +8,11 @@ import (
 	"errors"
 	"fmt"
 	"io"
+	"maps"
 	"net"
-	"slices"
 	"strings"
 	"sync"
+	"sync/atomic"
 	"time"
 
 	"github.com/jackc/pgx/v5/pgconn"
@@ -33,23 +34,53 @@ const (
 // count before they authorize.
 type Record struct {
 	db       *sql.DB
+	reads    *sql.DB // for what is read beside the requests
 	postgres bool
 	stmt     struct{ head, insert, again, move *sql.Stmt } // what each authorization does, prepared
 
+	background context.Context // of what runs beside the requests; ends with the record
+	end        context.CancelFunc
+	running    sync.WaitGroup
+
 	mu     sync.Mutex
 	agents map[string]*ledger
+	closed bool
 }
 
 // ledger is what is remembered of an agent's entries: those that a limit over
 // time can reach.
 type ledger struct {
-	turn chan struct{} // holds one while a request is at work
-	seen head          // the end of the entries, as of the last commit that this approver saw
-	book *scope.Book   // counts the entries up to there; nil: to be read
+	turn    chan struct{} // holds one while a request is at work
+	seen    head          // the end of the entries, as of the last commit that this approver saw
+	book    *scope.Book   // counts the entries up to there; nil: to be read
+	behind  bool          // others wrote so much that it is read on outside of a transaction
+	reading *reading      // nil: nobody reads
+
+	kept    atomic.Uint64 // up to which entry a book is kept
+	keeping atomic.Bool   // one is being made
 }
 
-// Close closes the record.
-func (r *Record) Close() error { return r.db.Close() }
+func newRecord(db, reads *sql.DB) *Record {
+	r := &Record{db: db, reads: reads, agents: make(map[string]*ledger)}
+	r.background, r.end = context.WithCancel(context.Background())
+	return r
+}
+
+// Close closes the record, and keeps what makes the next start faster.
+func (r *Record) Close() error {
+	r.mu.Lock()
+	first, agents := !r.closed, maps.Clone(r.agents)
+	r.closed = true
+	r.mu.Unlock()
+	if first {
+		r.end()
+		r.running.Wait()
+		ctx, cancel := context.WithTimeout(context.Background(), postgres.Patience)
+		defer cancel()
+		r.keepAll(ctx, agents)
+	}
+	return errors.Join(r.reads.Close(), r.db.Close())
+}
 
 // statements prepares what each authorization does.
 func (r *Record) statements(ctx context.Context) error {
@@ -138,27 +169,38 @@ func (r *Record) authorize(ctx context.Context, cred *credential, entries []entr
 	ctx, cancel := context.WithTimeout(ctx, postgres.Patience)
 	defer cancel()
 	l := r.ledger(cred.action.Agent)
-	select {
-	case l.turn <- struct{}{}:
-		defer func() { <-l.turn }()
-	case <-ctx.Done():
-		return fmt.Errorf("waiting for other requests of the agent: %w", ctx.Err())
-	}
 	// After a restart of the database each connection of the pool may be a dead
 	// one, which shows when it is used.
-	for tries := 0; ; tries++ {
+	for tries := 0; ; {
 		begun := false
-		err := r.transact(ctx, l, cred, entries, st != nil, func() {
+		err := r.inTurn(ctx, l, cred, entries, st != nil, func() {
 			begun = true
 			if committing != nil {
 				committing()
 			}
 		})
+		if errors.Is(err, errBehind) {
+			continue // what others wrote is read first
+		}
 		// If the commit was begun, it is not known whether it was done.
 		if err == nil || begun || !lost(err) || tries == postgres.MaxConnections || ctx.Err() != nil {
 			return err
 		}
+		tries++
 	}
+}
+
+// inTurn is one attempt, when it is the request's turn.
+func (r *Record) inTurn(ctx context.Context, l *ledger, cred *credential, entries []entry, authorize bool, committing func()) error {
+	if err := r.turn(ctx, l, cred.action.Agent); err != nil {
+		return err
+	}
+	defer func() { <-l.turn }()
+	err := r.transact(ctx, l, cred, entries, authorize, committing)
+	if err == nil {
+		r.renew(l, cred.action.Agent, l.seen.size)
+	}
+	return err
 }
 
 // lost says whether a connection that had been made was found dead.
@@ -173,9 +215,20 @@ func lost(err error) bool {
 	return network || pgconn.SafeToRetry(err) || errors.Is(err, io.EOF) || errors.Is(err, io.ErrUnexpectedEOF)
 }
 
-// transact is one attempt. committing is called right before the commit.
+// transact takes entries in one transaction. committing is called right before the
+// commit of an authorization.
 func (r *Record) transact(ctx context.Context, l *ledger, cred *credential, entries []entry, authorize bool, committing func()) (err error) {
-	tx, err := r.db.BeginTx(ctx, nil)
+	conn, err := r.db.Conn(ctx)
+	if err != nil {
+		return err
+	}
+	defer conn.Close() // back to the pool
+	// What was begun is done, also when the signer gives up: else it would have to
+	// be counted anew, and each time that signer gave up.
+	work, cancel := context.WithTimeout(context.WithoutCancel(ctx), postgres.Patience)
+	defer cancel()
+	waits := context.AfterFunc(ctx, cancel)
+	tx, err := conn.BeginTx(work, nil)
 	if err != nil {
 		return err
 	}
@@ -190,34 +243,61 @@ func (r *Record) transact(ctx context.Context, l *ledger, cred *credential, entr
 			}
 		}
 	}()
-	agent := cred.action.Agent
-	h, err := r.head(ctx, tx, agent)
+	h, err := r.head(work, tx, cred.action.Agent)
 	if err != nil {
 		return err
 	}
-	if err := l.catchUp(ctx, tx, agent, h); err != nil {
-		l.book = nil
+	if !waits() {
+		return context.Cause(ctx) // it gave up before
+	}
+	if err := l.catchUp(work, tx, cred.action.Agent, h); err != nil {
 		return err
 	}
 	if first := uint64(entries[0].st.Counter); first > h.size+1 {
 		return &scope.Refusal{Rule: RuleGap, Value: fmt.Sprint(h.size), Message: fmt.Sprintf("the approver has %d entries of this agent: entries %d to %d are missing", h.size, h.size+1, first-1)}
 	}
+	grown, err = r.take(work, tx, l, cred, h, entries, authorize)
+	refusal, refused := errors.AsType[*scope.Refusal](err)
+	if err != nil && !(refused && grown) {
+		return err
+	}
+	if grown {
+		if _, err := tx.StmtContext(work, r.stmt.move).ExecContext(work, int64(h.size), h.previous[:], h.time.UnixMicro(), cred.action.Agent); err != nil {
+			return err
+		}
+	}
+	if !refused {
+		committing()
+	}
+	if err := tx.Commit(); err != nil {
+		return err
+	}
+	if l.seen, grown = *h, false; refused {
+		return refusal
+	}
+	return nil
+}
+
+// take adds the entries that are new, and authorizes the last one. A refusal ends
+// it: what stands before the entry that is refused stays, as if it had been handed
+// over alone. grown: there are more entries than before.
+func (r *Record) take(ctx context.Context, tx *sql.Tx, l *ledger, cred *credential, h *head, entries []entry, authorize bool) (grown bool, err error) {
 	for i, e := range entries {
 		asked := authorize && i == len(entries)-1
 		var verdict string
 		if uint64(e.st.Counter) <= h.size {
 			if verdict, err = r.seen(ctx, tx, e); err != nil {
-				return err
+				return grown, err
 			}
 		} else {
 			if err := h.follows(e); err != nil {
-				return err
+				return grown, err
 			}
-			if verdict = l.judge(e, cred); !asked || verdict == verdictPermit { // else nothing of the request stays
+			if verdict = l.judge(e, cred); !asked || verdict == verdictPermit { // else nothing of it stays
 				grown = true
-				l.replay(e.st, verdict)
+				(&judged{st: e.st, verdict: verdict}).replay(l.book)
 				if err := r.append(ctx, tx, h, e, verdict, asked); err != nil {
-					return err
+					return grown, err
 				}
 				continue
 			}
@@ -226,23 +306,13 @@ func (r *Record) transact(ctx context.Context, l *ledger, cred *credential, entr
 			continue
 		}
 		if refusal := refusalOf(verdict); refusal != nil {
-			return refusal
+			return grown, refusal
 		}
-		if _, err := tx.StmtContext(ctx, r.stmt.again).ExecContext(ctx, agent, int64(e.st.Counter)); err != nil {
-			return err
-		}
-	}
-	if grown {
-		if _, err := tx.StmtContext(ctx, r.stmt.move).ExecContext(ctx, int64(h.size), h.previous[:], h.time.UnixMicro(), agent); err != nil {
-			return err
+		if _, err := tx.StmtContext(ctx, r.stmt.again).ExecContext(ctx, cred.action.Agent, int64(e.st.Counter)); err != nil {
+			return grown, err
 		}
 	}
-	committing()
-	if err := tx.Commit(); err != nil {
-		return err
-	}
-	l.seen = *h
-	return nil
+	return grown, nil
 }
 
 // head is the end of an agent's entries.
@@ -277,11 +347,19 @@ func (r *Record) readHead(ctx context.Context, tx *sql.Tx, agent string) (*head,
 	if err := tx.StmtContext(ctx, r.stmt.head).QueryRowContext(ctx, agent).Scan(to...); err != nil {
 		return nil, err
 	}
+	if err := h.set(previous, micros); err != nil {
+		return nil, err
+	}
+	return &h, postgres.OnDisk(commit, sync)
+}
+
+// set takes what stands in the row.
+func (h *head) set(previous []byte, micros int64) error {
 	if copy(h.previous[:], previous) != 32 || len(previous) != 32 {
-		return nil, errors.New("the head's hash does not have 32 bytes")
+		return errors.New("the head's hash does not have 32 bytes")
 	}
 	h.time = time.UnixMicro(micros).UTC()
-	return &h, postgres.OnDisk(commit, sync)
+	return nil
 }
 
 // append writes an entry behind the head, and moves the head.
@@ -295,110 +373,22 @@ func (r *Record) append(ctx context.Context, tx *sql.Tx, h *head, e entry, verdi
 	return err
 }
 
-// catchUp counts what other approvers wrote since, or at first all that is
-// young enough to count, and the events whose effect lasts. It reads backwards,
-// so a long record costs nothing. A record that does not go on from what this
-// approver has seen of it is refused: an older state of it was put in its place.
+// catchUp counts what other approvers wrote since. A record that does not go on
+// from what this approver has seen of it is refused.
 func (l *ledger) catchUp(ctx context.Context, tx *sql.Tx, agent string, h *head) error {
-	back := func() error {
-		return refuse(RuleRecord, "the approver's record went back: this approver has seen %d entries of %.200s, now it has others or fewer; when it is known why, restart the approver", l.seen.size, agent)
-	}
-	switch {
-	case h.size < l.seen.size, h.size == l.seen.size && h.previous != l.seen.previous:
-		return back()
-	case h.size == l.seen.size && l.book != nil:
-		return nil
-	}
-	if h.size > l.seen.size && l.seen.size > 0 {
-		var j judged
-		if err := j.scan(tx.QueryRowContext(ctx, "SELECT statement, verdict FROM entry WHERE agent = $1 AND counter = $2", agent, int64(l.seen.size+1))); err != nil {
-			return err
-		}
-		if [32]byte(j.st.Previous) != l.seen.previous {
-			return back()
-		}
-	}
-	from := l.seen.size + 1
-	if l.book == nil {
-		l.book, from = scope.NewBook(), 1
-	}
-	rows, err := tx.QueryContext(ctx, "SELECT statement, verdict FROM entry WHERE agent = $1 AND counter >= $2 ORDER BY counter DESC", agent, int64(from))
-	if err != nil {
+	if err := goesOn(ctx, tx, agent, &l.seen, h); err != nil || h.size == l.seen.size {
 		return err
 	}
-	defer rows.Close()
-	var oldest time.Time
-	var recent []judged // the latest first
-	for rows.Next() {
-		var j judged
-		if err := j.scan(rows); err != nil {
-			return err
-		}
-		if len(recent) == 0 {
-			if uint64(j.st.Counter) != h.size || j.sum != h.previous {
-				return fmt.Errorf("the record of %.200s is damaged: its head is not that of its last entry", agent)
-			}
-			oldest = j.st.Time.Time.Add(-scope.MaxWindow)
-		} else if from == 1 && j.st.Time.Time.Before(oldest) && (recent[0].st.Open == 0 || j.st.Counter < recent[0].st.Open) {
-			break
-		}
-		recent = append(recent, j)
+	if h.size > l.seen.size+bookBatch {
+		l.behind = true
+		return errBehind
 	}
-	if err := errors.Join(rows.Err(), rows.Close()); err != nil {
+	x := tally{l.book, l.seen}
+	if err := x.count(ctx, tx, agent, h); err != nil {
+		l.book = nil
 		return err
-	}
-	if len(recent) == 0 && h.size > 0 {
-		return fmt.Errorf("the record of %.200s is damaged: entries are missing", agent)
-	}
-	if from == 1 && len(recent) > 0 {
-		if err := l.lasting(ctx, tx, agent, recent[0].st, recent[len(recent)-1].st.Counter); err != nil {
-			return err
-		}
-	}
-	for _, j := range slices.Backward(recent) {
-		l.replay(j.st, j.verdict)
 	}
 	l.seen = *h
-	return nil
-}
-
-// judged is an entry that was judged before.
-type judged struct {
-	st      *scope.Statement
-	sum     [32]byte
-	verdict string
-}
-
-func (j *judged) scan(row interface{ Scan(...any) error }) error {
-	var b []byte
-	if err := row.Scan(&b, &j.verdict); err != nil {
-		return err
-	}
-	var err error
-	j.st, err = scope.ParseStatement(b)
-	j.sum = sha256.Sum256(b)
-	return err
-}
-
-// lasting replays the lasting events up to the last entry that stand before first.
-func (l *ledger) lasting(ctx context.Context, tx *sql.Tx, agent string, last *scope.Statement, first scope.Counter) error {
-	verdicts := make(map[scope.Counter]string)
-	events, err := scope.LastingEvents(last, func(n scope.Counter) (*scope.Statement, error) {
-		var j judged
-		if err := j.scan(tx.QueryRowContext(ctx, "SELECT statement, verdict FROM entry WHERE agent = $1 AND counter = $2", agent, int64(n))); err != nil {
-			return nil, err
-		}
-		verdicts[n] = j.verdict
-		return j.st, nil
-	})
-	if err != nil {
-		return err
-	}
-	for _, st := range events {
-		if st.Counter < first {
-			l.replay(st, verdicts[st.Counter])
-		}
-	}
 	return nil
 }
 
@@ -443,16 +433,6 @@ func (l *ledger) judge(e entry, cred *credential) (verdict string) {
 		return string(RuleUsage) + "\nit states another policy, or another use of its limits, than the entries before it lead to"
 	}
 	return verdictPermit
-}
-
-// replay counts an entry: every permit of the signer, whether it is ever
-// authorized or not, and the events that this approver takes as well.
-func (l *ledger) replay(st *scope.Statement, verdict string) {
-	if st.Decision.Decision == scope.DecisionEvent && verdict != verdictEvent {
-		l.book.Pass(st)
-		return
-	}
-	l.book.Replay(st)
 }
 
 // seen returns the verdict on an entry that is there: it must be the same one.
