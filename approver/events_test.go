@@ -5,6 +5,7 @@ import (
 	"net/http"
 	"net/http/httptest"
 	"path/filepath"
+	"strings"
 	"testing"
 	"time"
 
@@ -130,5 +131,70 @@ func TestIssuerKills(t *testing.T) {
 	working, kills = true, nil
 	if err := ask(); err != nil {
 		t.Errorf("nobody is stopped: %v", err)
+	}
+}
+
+// at makes the next statement one of another time, under what the signer's record has then.
+func (d *desk) at(when time.Time, change func(*scope.Statement)) func(*scope.Statement) {
+	return func(s *scope.Statement) {
+		s.Time.Time, s.Expires = when, when.Unix()+30
+		change(s)
+	}
+}
+
+// TestNothingIsForgotten: a start of the approver looks for what is older than
+// any window where the last entries say that it is. Entries that say otherwise are not taken,
+// whatever they are.
+func TestNothingIsForgotten(t *testing.T) {
+	denied := func(s *scope.Statement) {
+		s.Decision = scope.Decision{Decision: scope.DecisionDeny, Rule: scope.RuleSides, Message: "no", Certificate: s.Decision.Certificate, Scope: s.Decision.Scope}
+	}
+	unknown := event(scope.EventAcknowledge, `{"ClOrdID":"none","by":"uid 0","status":"filled","time":"2026-01-01T00:00:00.000000Z","venue":"XPAR"}`)
+	for name, lie := range map[string]func(*scope.Statement){"a denial": denied, "a refused event": unknown, "another kill": event(scope.EventKill, `{"by":"uid 0","reason":"a second time","scope":"venue","venue":"XLON"}`), "a permit": func(*scope.Statement) {}} {
+		for _, p := range places(t) {
+			t.Run(name+", "+p.name, func(t *testing.T) {
+				d := newDesk(t)
+				s, err := scope.Parse([]byte(strings.NewReplacer(`"allowed_tif":["0"]`, `"allowed_tif":["0","1"],"max_open_orders":{"count":1}`).Replace(scopeJSON)))
+				if err != nil {
+					t.Fatal(err)
+				}
+				d.limits = string(s.Canonical())
+				d.agent = d.certify(t, nil)
+				long := time.Now().UTC().Truncate(time.Microsecond).Add(-30 * time.Hour)
+				resting := d.at(long, func(s *scope.Statement) { s.Order.TimeInForce = "1" })
+				open := func() *approver.Record {
+					r := p.open(t)
+					d.approver = d.newApprover(t, config(t, ""), r)
+					return r
+				}
+				record := open()
+				defer func() { _ = record.Close() }()
+				order, kill := d.write(t, d.next(t, "1", resting)), d.write(t, d.next(t, "1", d.at(long, event(scope.EventKill, stop))))
+				if err := d.approver.Append(t.Context(), d.client, d.entries(order, kill)); err != nil {
+					t.Fatal(err)
+				}
+				forgets := func(s *scope.Statement) {
+					lie(s)
+					s.Controls, s.Open = 0, 0
+				}
+				lying := d.next(t, "1", forgets)
+				err = d.approver.Append(t.Context(), d.client, d.entries(lying))
+				refused(t, "an entry that forgets", approver.RuleStatement, err)
+				lasting := scope.Counter(0)
+				if err == nil { // what an attacker goes on with
+					if st := d.place(t, lying); st.Kind == scope.EventKill {
+						lasting = st.Counter
+					}
+				}
+				if err := record.Close(); err != nil {
+					t.Fatal(err)
+				}
+				record = open()
+				d.book = scope.NewBook() // it forgot as well
+				if b := d.next(t, "1", func(s *scope.Statement) { s.Controls = lasting }); d.decide(d.request(b)) == nil {
+					t.Error("an order was authorized")
+				}
+			})
+		}
 	}
 }

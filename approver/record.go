@@ -293,6 +293,9 @@ func (r *Record) take(ctx context.Context, tx *sql.Tx, l *ledger, cred *credenti
 			if err := h.follows(e); err != nil {
 				return grown, err
 			}
+			if err := l.remembers(e); err != nil {
+				return grown, err
+			}
 			if verdict = l.judge(e, cred); !asked || verdict == verdictPermit { // else nothing of it stays
 				grown = true
 				(&judged{st: e.st, verdict: verdict}).replay(l.book)
@@ -405,13 +408,22 @@ func (h *head) follows(e entry) error {
 	return nil
 }
 
+// remembers refuses an entry that does not name what is older than any window and
+// still in effect. A start looks for that where the last entries say that it is, so
+// one that says something else is not even taken as a refused one.
+func (l *ledger) remembers(e entry) error {
+	if lasting := l.book.Lasting(); e.st.Controls != lasting {
+		return refuse(RuleStatement, "entry %d names %d as the last event before it whose effect lasts, that is %d", e.st.Counter, e.st.Controls, lasting)
+	}
+	if open := l.book.OpenSince(e.st.Time.Time); e.st.Open != open {
+		return refuse(RuleStatement, "entry %d names %d as the oldest order that is open, that is %d", e.st.Counter, e.st.Open, open)
+	}
+	return nil
+}
+
 // judge says what the limits over time make of an entry in its place.
 func (l *ledger) judge(e entry, cred *credential) (verdict string) {
 	switch {
-	case e.st.Controls != l.book.Lasting():
-		return string(RuleStatement) + "\nit names another event before it than there is"
-	case e.st.Open != l.book.OpenSince(e.st.Time.Time):
-		return string(RuleStatement) + "\nit names another order as the oldest that is open"
 	case e.st.Decision.Decision == scope.DecisionEvent:
 		if refusal := l.book.Admits(cred.scope, e.st); refusal != nil {
 			return string(refusal.Rule) + "\n" + refusal.Message
