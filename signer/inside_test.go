@@ -1,6 +1,7 @@
 package signer_test
 
 import (
+	"bufio"
 	"bytes"
 	"context"
 	"crypto"
@@ -10,9 +11,13 @@ import (
 	"errors"
 	"fmt"
 	"io"
+	"net"
+	"net/http"
+	"os/exec"
 	"strings"
 	"sync"
 	"testing"
+	"time"
 
 	"inkan/internal/problem"
 	"inkan/internal/testca"
@@ -66,5 +71,45 @@ func TestInsideStaysInside(t *testing.T) {
 	}
 	if n := strings.Count(d.log.String(), "planted"); n != 2 {
 		t.Errorf("the log names the cause %d times: %s", n, d.log)
+	}
+}
+
+// TestStrangersBody: a process that was passed the descriptor sends the body of a
+// request that the agent has begun: nothing is signed.
+func TestStrangersBody(t *testing.T) {
+	self, _ := executables(t)
+	d := start(t, agent("a", self))
+	c, err := net.Dial("unix", d.socket)
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer c.Close()
+	body := order(client.NewID())
+	if _, err := fmt.Fprintf(c, "POST /v1/actions HTTP/1.1\r\nHost: signer\r\nContent-Length: %d\r\n\r\n", len(body)); err != nil {
+		t.Fatal(err)
+	}
+	time.Sleep(100 * time.Millisecond) // it is looked at by then
+	f, err := c.(*net.UnixConn).File()
+	if err != nil {
+		t.Fatal(err)
+	}
+	cmd := exec.Command("cat")
+	cmd.Stdin, cmd.Stdout = bytes.NewReader(body), f
+	if err := errors.Join(cmd.Run(), f.Close()); err != nil {
+		t.Fatal(err)
+	}
+	res, err := http.ReadResponse(bufio.NewReader(c), nil)
+	if err != nil {
+		t.Fatal(err)
+	}
+	answer, err := io.ReadAll(res.Body)
+	if err != nil {
+		t.Fatal(err)
+	}
+	if p := problem.Parse(res.StatusCode, res.Header.Get("Content-Type"), answer); p.Rule != string(signer.RuleCaller) {
+		t.Errorf("got %s %s", res.Status, answer)
+	}
+	if n := d.entries(t, "a"); n != 0 {
+		t.Errorf("the record has %d entries", n)
 	}
 }

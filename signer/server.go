@@ -1,6 +1,7 @@
 package signer
 
 import (
+	"bytes"
 	"context"
 	_ "embed"
 	"encoding/base64"
@@ -240,8 +241,33 @@ func (s *Signer) handler() http.Handler {
 		}
 		_, _ = w.Write([]byte("ok\n")) // the client may be gone
 	})
-	return mux
+	return whole(mux)
 }
+
+// maxBody is more than any request's body may have; each handler has its own bound.
+const maxBody = 1 << 20
+
+// whole reads a request of a process of this host to its end before anything is asked about
+// who sent it: another process, to which the descriptor was passed on, may have sent the
+// body of a request that the agent began.
+func whole(next http.Handler) http.Handler {
+	return http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
+		if p, _ := r.Context().Value(peerKey{}).(*peer); p != nil && r.ContentLength != 0 {
+			b, err := io.ReadAll(io.LimitReader(r.Body, maxBody))
+			rest := io.Reader(bytes.NewReader(b))
+			if err != nil {
+				rest = io.MultiReader(rest, failing{err})
+			}
+			r.Body = io.NopCloser(rest)
+		}
+		next.ServeHTTP(w, r)
+	})
+}
+
+// failing is what could not be read.
+type failing struct{ err error }
+
+func (f failing) Read([]byte) (int, error) { return 0, f.err }
 
 // as authenticates the caller (step 1) and hands on the one agent that it is.
 func (s *Signer) as(f func(http.ResponseWriter, *http.Request, *Agent)) http.HandlerFunc {
