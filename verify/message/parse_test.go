@@ -22,12 +22,15 @@ func TestParseRoutes(t *testing.T) {
 		t.Errorf("a good order: %v", err)
 	}
 	for name, c := range map[string]struct{ old, new, want string }{
-		"an unknown member":   {"kinds:", "kind:", "unknown member"},
-		"a duplicate member":  {"method: POST", "method: POST\n  method: PUT", "duplicate"},
-		"a number":            {`ord.OrdType: "2"`, "ord.OrdType: 2", "ord.OrdType"},
-		"an unknown kind":     {"order.new", "order.any", "route 1, POST /orders: kinds"},
-		"a member of nothing": {"free: true", "free: false", "exactly one of"},
-		"too large":           {"- method: POST", "#" + strings.Repeat("x", maxRoutes) + "\n- method: POST", "at most"},
+		"an unknown member":    {"kinds:", "kind:", "unknown member"},
+		"a duplicate member":   {"method: POST", "method: POST\n  method: PUT", "duplicate"},
+		"a number":             {`ord.OrdType: "2"`, "ord.OrdType: 2", "ord.OrdType"},
+		"an unknown kind":      {"order.new", "order.any", "route 1, POST /orders: kinds"},
+		"a field of no action": {"{field: ord.Side", "{field: ord.Sid", `"ord.Sid" is no field of an action`},
+		"implied of no action": {"ord.Currency: ", "ord.Curency: ", `implied: "ord.Curency" is no field`},
+		"a path of no action":  {"{ord.OrigClOrdID}", "{OrigClOrdID}", `path: "OrigClOrdID" is no field`},
+		"a member of nothing":  {"free: true", "free: false", "exactly one of"},
+		"too large":            {"- method: POST", "#" + strings.Repeat("x", maxRoutes) + "\n- method: POST", "at most"},
 	} {
 		if !strings.Contains(string(b), c.old) {
 			t.Fatalf("%s: the file has no %s", name, c.old)

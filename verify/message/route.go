@@ -12,6 +12,7 @@ import (
 	"mime"
 	"net/http"
 	"net/url"
+	"reflect"
 	"slices"
 	"strings"
 
@@ -71,6 +72,11 @@ func (r *Route) Validate() error {
 		if (ok && field == "") || (!ok && !plainSegment(segment) && r.Path != "/") {
 			return fmt.Errorf("the path has the segment %q: plain text or a field in braces is expected", segment)
 		}
+		if ok && field != "*" {
+			if err := validField(field); err != nil {
+				return fmt.Errorf("path: %w", err)
+			}
+		}
 		if ok && field != "*" && seen[field] {
 			return fmt.Errorf("the path has %s twice", segment)
 		}
@@ -97,6 +103,43 @@ func (r *Route) Validate() error {
 		if n != 1 || m.Values != nil && m.Field == "" {
 			return fmt.Errorf("body: %q: exactly one of field (with or without values), const and free is expected", name)
 		}
+		if m.Field != "" {
+			if err := validField(m.Field); err != nil {
+				return fmt.Errorf("body: %q: %w", name, err)
+			}
+		}
+	}
+	for field := range r.Implied {
+		if err := validField(field); err != nil {
+			return fmt.Errorf("implied: %w", err)
+		}
+	}
+	return nil
+}
+
+// fieldNames are the fields that an action can have, named as routes name them.
+var fieldNames = namesBelow("", reflect.TypeFor[scope.Action]())
+
+func namesBelow(prefix string, t reflect.Type) (names []string) {
+	for f := range t.Fields() {
+		name, _, _ := strings.Cut(f.Tag.Get("json"), ",")
+		inner := f.Type
+		if inner.Kind() == reflect.Pointer {
+			inner = inner.Elem()
+		}
+		if inner.Kind() == reflect.Struct && inner != reflect.TypeFor[scope.Decimal]() {
+			names = append(names, namesBelow(prefix+name+".", inner)...)
+		} else {
+			names = append(names, prefix+name)
+		}
+	}
+	return names
+}
+
+// validField refuses what no action has: no request would pass.
+func validField(name string) error {
+	if !slices.Contains(fieldNames, name) {
+		return fmt.Errorf("%.64q is no field of an action: one of %s is expected", name, strings.Join(fieldNames, ", "))
 	}
 	return nil
 }
