@@ -47,7 +47,7 @@ func (a *Approver) Serve(ctx context.Context, ready func(Addresses)) error {
 	}
 	l, err := net.Listen("tcp", a.config.Listen)
 	if err != nil {
-		return err
+		return fmt.Errorf("listen: %w", err)
 	}
 	at := Addresses{Signers: l.Addr().String()}
 	server := &http.Server{

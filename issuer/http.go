@@ -425,12 +425,13 @@ type Addresses struct {
 // ready is told where it listens.
 func (i *Issuer) Serve(ctx context.Context, ready func(Addresses)) error {
 	var listeners []net.Listener
-	listen := func(address string) (net.Listener, error) {
+	listen := func(setting, address string) (net.Listener, error) {
 		l, err := net.Listen("tcp", address)
-		if err == nil {
-			listeners = append(listeners, l)
+		if err != nil {
+			return nil, fmt.Errorf("%s: %w", setting, err)
 		}
-		return l, err
+		listeners = append(listeners, l)
+		return l, nil
 	}
 	closeAll := func() {
 		for _, l := range listeners {
@@ -441,15 +442,16 @@ func (i *Issuer) Serve(ctx context.Context, ready func(Addresses)) error {
 	admin := base.Clone()
 	admin.ClientAuth, admin.ClientCAs = tls.RequireAndVerifyClientCert, pool(certs(i.ca))
 	handlers := []struct {
-		address string
+		setting, address string
+
 		handler http.Handler
 		tls     *tls.Config
 		listen  net.Listener
 	}{
-		{i.config.AgentListen, i.agentHandler(), base, nil},
-		{i.config.AdminListen, i.adminHandler(), admin, nil},
-		{i.config.PublicListen, i.publicHandler(), nil, nil},
-		{i.config.MetricsListen, i.metrics.handler(), nil, nil},
+		{"agent_listen", i.config.AgentListen, i.agentHandler(), base, nil},
+		{"admin_listen", i.config.AdminListen, i.adminHandler(), admin, nil},
+		{"public_listen", i.config.PublicListen, i.publicHandler(), nil, nil},
+		{"metrics_listen", i.config.MetricsListen, i.metrics.handler(), nil, nil},
 	}
 	errs := make(chan error, len(handlers))
 	var servers []*http.Server
@@ -458,7 +460,7 @@ func (i *Issuer) Serve(ctx context.Context, ready func(Addresses)) error {
 		if h.address == "" {
 			continue
 		}
-		l, err := listen(h.address)
+		l, err := listen(h.setting, h.address)
 		if err != nil {
 			closeAll()
 			return err

@@ -522,14 +522,19 @@ func TestG10(t *testing.T) {
 
 func TestInventory(t *testing.T) {
 	o := newOffice(t)
-	if err := o.addDevice(t, "host2", o.dev); err == nil {
-		t.Error("one EK is two devices (E9)")
+	if err := o.addDevice(t, "host2", o.dev); err == nil || !strings.Contains(err.Error(), "device host2: its key is that of the device host1") {
+		t.Errorf("one EK is two devices (E9): %v", err)
 	}
 	if err := o.admin.RemoveDevice(t.Context(), "host1"); err == nil {
 		t.Error("a device with an active agent was removed")
 	}
-	if err := o.admin.AddAgent(t.Context(), issuer.Agent{Name: "b", Device: "nowhere", Scope: scopeJSON}); err == nil {
-		t.Error("an agent on a device that does not exist")
+	if err := o.admin.AddAgent(t.Context(), issuer.Agent{Name: "b", Device: "nowhere", Scope: scopeJSON}); err == nil || !strings.Contains(err.Error(), `its device "nowhere" is not found`) {
+		t.Errorf("an agent on a device that does not exist: %v", err)
+	}
+	misspelt, err := attest.SignPolicy(o.policy, "misspelt", o.dev.Values(selection), attest.PolicyRef("example.org"))
+	o.must(t, err)
+	if err := o.admin.AddPolicy(t.Context(), issuer.Policy{Device: "hots1", Approved: *misspelt}); err == nil || !strings.Contains(err.Error(), `its device "hots1" is not found`) {
+		t.Errorf("a policy for a device that does not exist: %v", err)
 	}
 	if err := o.admin.AddAgent(t.Context(), issuer.Agent{Name: "b", Device: "host1", Scope: `{"version":1}`}); err == nil {
 		t.Error("an agent without a valid scope")

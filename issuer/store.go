@@ -268,7 +268,7 @@ func constraint(err error, what string) error {
 	case strings.Contains(text, "UNIQUE"):
 		return fmt.Errorf("%s: %w", what, ErrExists)
 	case strings.Contains(text, "FOREIGN KEY"):
-		return fmt.Errorf("%s: its device: %w", what, ErrNotFound)
+		return fmt.Errorf("%s: what it refers to is %w", what, ErrNotFound)
 	}
 	return err
 }
@@ -313,6 +313,13 @@ func (s *store) addDevice(ctx context.Context, d Device, now time.Time) error {
 	return s.inTx(ctx, func(tx *sql.Tx) error {
 		_, err := tx.ExecContext(ctx, "INSERT INTO device(id, ek, unattested, roots, intermediates, crls, allow_expired, unsafe_clock, min_firmware, created) VALUES(?, ?, ?, ?, ?, ?, ?, ?, ?, ?)",
 			d.ID, ek, d.Unattested, d.Roots, d.Intermediates, d.CRLs, d.AllowExpired, d.UnsafeClock, d.MinFirmware, now.Unix())
+		if err != nil && strings.Contains(err.Error(), "device.ek") {
+			var other string
+			if err := tx.QueryRowContext(ctx, "SELECT id FROM device WHERE ek = ?", ek).Scan(&other); err != nil {
+				return err
+			}
+			return fmt.Errorf("device %s: its key is that of the device %s, which %w: one key is one device", d.ID, other, ErrExists)
+		}
 		if err := constraint(err, "device "+d.ID); err != nil {
 			return err
 		}
@@ -448,7 +455,9 @@ func (s *store) addAgent(ctx context.Context, a Agent, now time.Time) error {
 	}
 	return s.inTx(ctx, func(tx *sql.Tx) error {
 		_, err := tx.ExecContext(ctx, "INSERT INTO agent(name, device, scope, tls, hsm, approver, cancels, vendor, vendor_roots, status, created) VALUES(?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?)", a.Name, a.Device, sc.Canonical(), tls, a.HSM, a.Approver, a.Cancels, a.Vendor, a.VendorRoots, Active, now.Unix())
-		if err := constraint(err, "agent "+a.Name); err != nil {
+		if err := constraint(err, "agent "+a.Name); errors.Is(err, ErrNotFound) {
+			return fmt.Errorf("agent %s: its device %.80q is %w in the inventory", a.Name, a.Device, ErrNotFound)
+		} else if err != nil {
 			return err
 		}
 		return event(ctx, tx, Event{Time: now, Kind: "changed", Agent: a.Name, Device: a.Device, Detail: "agent added"})
@@ -558,6 +567,15 @@ func (s *store) addPolicy(ctx context.Context, p Policy, now time.Time) error {
 		return err
 	}
 	return s.inTx(ctx, func(tx *sql.Tx) error {
+		if p.Device != "*" {
+			var known bool
+			if err := tx.QueryRowContext(ctx, "SELECT EXISTS(SELECT 1 FROM device WHERE id = ?)", p.Device).Scan(&known); err != nil {
+				return err
+			}
+			if !known {
+				return fmt.Errorf("policy %s: its device %.80q is %w in the inventory", p.Approved.Name, p.Device, ErrNotFound)
+			}
+		}
 		_, err := tx.ExecContext(ctx, "INSERT INTO policy(name, device, document, retired, created) VALUES(?, ?, ?, 0, ?)", p.Approved.Name, p.Device, doc, now.Unix())
 		if err := constraint(err, "policy "+p.Approved.Name); err != nil {
 			return err

@@ -55,7 +55,7 @@ func (k *Kill) Validate() error {
 	case k.Scope != KillAgent && k.Scope != KillVenue && k.Scope != KillFirm:
 		return fmt.Errorf("scope %s: agent, venue or firm is expected", clipped(string(k.Scope)))
 	case (k.Scope == KillVenue) != (k.Venue != ""):
-		return errors.New("venue is for the scope venue, which needs it")
+		return errors.New("the scope venue needs a venue, and no other scope has one")
 	case k.Venue != "" && !validVenue(k.Venue):
 		return fmt.Errorf("venue %s: a MIC such as XPAR, or lei: and an LEI, is expected", clipped(k.Venue))
 	case k.ID != "" && !validText(k.ID):

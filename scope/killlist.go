@@ -44,7 +44,7 @@ func (k *IssuedKill) Stops(agent string) bool { return k.Agent == "" || k.Agent 
 func (k *IssuedKill) Validate() error {
 	switch {
 	case k.Scope == KillAgent && k.Agent == "", k.Scope == KillFirm && k.Agent != "":
-		return errors.New("agent is for the scope agent, which needs it, or venue")
+		return errors.New("the scope agent needs an agent, venue may have one, and firm has none")
 	case len(k.Agent) > 2048:
 		return errors.New("agent: a SPIFFE ID is expected")
 	case k.ID == "":

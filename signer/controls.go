@@ -77,7 +77,7 @@ func (s *Signer) kill(w http.ResponseWriter, r *http.Request) {
 	var list []*Agent
 	switch {
 	case q.Agent == "" && q.Scope == scope.KillAgent, q.Agent != "" && q.Scope == scope.KillFirm:
-		bad(errors.New("agent is for the scope agent, which needs it, or venue"))
+		bad(errors.New("the scope agent needs an agent, venue may have one, and firm has none"))
 		return
 	case q.Agent == "":
 		for _, ac := range s.config.Agents {

@@ -39,6 +39,7 @@ func TestUsage(t *testing.T) {
 		{[]string{"tpm", "pcrs", "--pcr", "sha256"}, "is an example"},
 		{[]string{"tpm", "pcrs", "--pcr", "sha256:16"}, "can be reset"},
 		{[]string{"issuer", "device", "add"}, "--id is missing"},
+		{[]string{"rearm", "sign", "--entry", "1", "--reason", "r", "--agent", "mm-07", "--key", "file:none"}, "a SPIFFE ID is expected"},
 	} {
 		code, out, errs := call("", c.args...)
 		if c.want == "" {
@@ -64,6 +65,7 @@ func TestFailsInJSON(t *testing.T) {
 	}{
 		{"sign --socket " + dir + "/none --action ../../examples/order.json", exitError, dir + "/none"},
 		{"sign --action none.json", exitError, "none.json"},
+		{"status --socket " + dir + "/none", exitError, "is it running"},
 		{"sign", exitUsage, "--action is missing"},
 		{"status extra", exitUsage, "takes flags only"},
 		{"scope check --scope ../../examples/order.json", exitError, "unknown member"},

@@ -226,10 +226,21 @@ func auditShow(e *env, c *cli.Context) error {
 				}
 				// Nothing of it is verified, so its texts may be anybody's.
 				fmt.Fprintf(w, "%d\t%s\t%s\t%s\t%s\t%s\t%s\t%s\t%s\t%s\n", x.Counter, st.Time.Time.Format(scope.TimeFormat), oneLine(st.Decision.Decision), oneLine(string(st.Kind)), oneLine(st.Audience),
-					oneLine(o.SecurityID), oneLine(o.Side), text(o.OrderQty), text(o.Price), oneLine(st.Decision.Message+st.Event))
+					oneLine(o.SecurityID), oneLine(o.Side), text(o.OrderQty), text(o.Price), oneLine(why(st)))
 			}
 		})
 	})
+}
+
+// why is the reason of a refusal with its rule, or what an event says.
+func why(st *scope.Statement) string {
+	switch {
+	case st.Decision.Rule != "":
+		return string(st.Decision.Rule) + ": " + st.Decision.Message
+	case st.Kind == scope.EventPolicy || st.Kind == scope.EventRearm:
+		return "a document that a controller signed: --json shows it"
+	}
+	return st.Decision.Message + st.Event
 }
 
 func text(d *scope.Decimal) string {

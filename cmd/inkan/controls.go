@@ -69,6 +69,9 @@ func (e *env) document(c *cli.Context, sign func(key crypto.Signer, agent string
 	if err != nil {
 		return err
 	}
+	if !strings.HasPrefix(agent, "spiffe://") {
+		return usage("--agent %.80q: a SPIFFE ID is expected, such as spiffe://example.org/agent/mm-07: inkan status shows it", agent)
+	}
 	uri, err := required(c, "key")
 	if err != nil {
 		return err

@@ -22,6 +22,7 @@ import (
 	"inkan/hsm"
 	"inkan/internal/attester"
 	"inkan/internal/keyuri"
+	"inkan/internal/problem"
 	"inkan/journal"
 	"inkan/signer"
 	"inkan/tpm"
@@ -118,8 +119,11 @@ func (d *doctor) report(e *env, c *cli.Context) error {
 	}); err != nil {
 		return err
 	}
-	if refused > 0 {
-		return fmt.Errorf("%d findings because of which something would be refused", refused)
+	switch {
+	case refused == 1:
+		return errors.New("there is a finding because of which something would be refused")
+	case refused > 0:
+		return fmt.Errorf("there are %d findings because of which something would be refused", refused)
 	}
 	return nil
 }
@@ -438,8 +442,10 @@ func (d *doctor) attested(ctx context.Context, h *host, agent string, chain []*x
 		d.add("rollback protection", stateRefused, err.Error(), "")
 	}
 	policies, err := attester.Policies(ctx, h.issuer, h.dev, agent)
-	if err != nil {
-		d.add("issuer", stateRefused, err.Error(), "a check's name in front says what the issuer looks at: docs/attestation.md")
+	if p, ok := errors.AsType[*problem.Problem](err); ok && p.Check != "" {
+		d.add("issuer", stateRefused, err.Error(), "the name in front is the check that decided: docs/attestation.md")
+	} else if err != nil {
+		d.add("issuer", stateRefused, err.Error(), "issuer.url and issuer.ca in the configuration say which issuer is asked; is it running?")
 	} else {
 		d.ok("issuer", "knows this device and the agent at %s", h.config.Issuer.URL)
 		d.approval(h, policies)

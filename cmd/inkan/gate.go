@@ -354,7 +354,7 @@ func gateServe(e *env, c *cli.Context) error {
 	}
 	l, err := net.Listen("tcp", g.config.Listen)
 	if err != nil {
-		return errors.Join(err, g.close())
+		return errors.Join(fmt.Errorf("listen: %w", err), g.close())
 	}
 	var watched net.Listener
 	if g.config.MetricsListen != "" {

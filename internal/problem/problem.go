@@ -37,10 +37,13 @@ type Problem struct {
 
 func (p *Problem) Error() string {
 	name := p.Rule + p.Check + p.Reason
-	if name == "" {
-		return p.Title + ": " + p.Detail
+	switch {
+	case name != "":
+		return name + ": " + p.Detail
+	case p.Detail != "":
+		return p.Detail // the title says less
 	}
-	return name + ": " + p.Detail
+	return p.Title
 }
 
 // Write answers with p. Type and Title are filled in where they are empty.

@@ -11,10 +11,12 @@ import (
 	"errors"
 	"fmt"
 	"io"
+	"io/fs"
 	"net"
 	"net/http"
 	"net/url"
 	"strings"
+	"syscall"
 	"time"
 
 	"inkan/internal/problem"
@@ -174,7 +176,7 @@ func (c *Client) do(ctx context.Context, method, path string, header http.Header
 	}
 	res, err := c.http.Do(req)
 	if err != nil {
-		return fmt.Errorf("asking the signer: %w", err)
+		return unanswered(err)
 	}
 	defer res.Body.Close()
 	b, err := io.ReadAll(io.LimitReader(res.Body, maxAnswer+1))
@@ -185,4 +187,15 @@ func (c *Client) do(ctx context.Context, method, path string, header http.Header
 		return problem.Parse(res.StatusCode, res.Header.Get("Content-Type"), b)
 	}
 	return strictjson.Unmarshal(b, maxAnswer, out)
+}
+
+// unanswered says that a signer did not answer, and where it was looked for.
+func unanswered(err error) error {
+	if u, ok := errors.AsType[*url.Error](err); ok {
+		err = u.Err // its URL is of no use: the address is below it
+	}
+	if errors.Is(err, fs.ErrNotExist) || errors.Is(err, syscall.ECONNREFUSED) {
+		return fmt.Errorf("asking the signer: %w: is it running, and is this its address?", err)
+	}
+	return fmt.Errorf("asking the signer: %w", err)
 }

@@ -75,7 +75,7 @@ const launchTimeout = 10 * time.Minute
 func NewLaunch(socket, agent string) (_ *Launch, err error) {
 	c, err := net.Dial("unix", socket)
 	if err != nil {
-		return nil, fmt.Errorf("asking the signer: %w", err)
+		return nil, unanswered(err)
 	}
 	l := &Launch{agent: agent, conn: c.(*net.UnixConn), r: bufio.NewReader(c)}
 	defer func() {
