@@ -1,11 +1,19 @@
 package verify_test
 
 import (
+	"context"
+	"crypto/x509"
 	"encoding/base64"
 	"errors"
+	"math/big"
+	"net/http"
+	"net/http/httptest"
 	"strings"
+	"sync/atomic"
 	"testing"
 	"time"
+
+	"golang.org/x/crypto/ocsp"
 
 	"inkan/internal/jws"
 	"inkan/internal/testca"
@@ -114,5 +122,64 @@ func TestUnsignedHeadersAreForgotten(t *testing.T) {
 	}
 	if n := r.Known(); n != 1 {
 		t.Errorf("%d headers are remembered", n)
+	}
+}
+
+// leaving is the context of a client that leaves while its request is looked at.
+type leaving struct {
+	context.Context
+	asked atomic.Int32
+}
+
+func (l *leaving) Err() error {
+	if l.asked.Add(1) == 1 {
+		return nil
+	}
+	return context.Canceled
+}
+
+func (l *leaving) Done() <-chan struct{} {
+	c := make(chan struct{})
+	close(c)
+	return c
+}
+
+// TestWhoLeavesEndsNoUse: a use that was begun comes to its end.
+func TestWhoLeavesEndsNoUse(t *testing.T) {
+	v := newVenue(t)
+	v.config.Replay = stores(t)["SQLite"]
+	r := v.receiver(t)
+	compact := []byte(v.action(t, nil))
+	gone, cancel := context.WithCancel(t.Context())
+	cancel()
+	if _, err := r.Verify(gone, compact, nil); !errors.Is(err, &verify.Refusal{Reason: verify.ReasonStore}) {
+		t.Errorf("a client that had left before: %v", err)
+	}
+	if _, err := r.Verify(&leaving{Context: t.Context()}, compact, nil); err != nil {
+		t.Errorf("a client that left meanwhile: %v", err)
+	}
+}
+
+// TestOCSPOfTwoCAs: an answer about one CA's certificate says nothing about another's
+// that has its serial number.
+func TestOCSPOfTwoCAs(t *testing.T) {
+	one, two := testca.New(t), testca.New(t)
+	serial := func(c *x509.Certificate) { c.SerialNumber = big.NewInt(5) }
+	status := map[*testca.CA]int{one: ocsp.Good, two: ocsp.Revoked}
+	var by *testca.CA
+	srv := httptest.NewServer(http.HandlerFunc(func(w http.ResponseWriter, _ *http.Request) {
+		b, err := ocsp.CreateResponse(by.Certificate, by.Certificate, ocsp.Response{Status: status[by], SerialNumber: big.NewInt(5), ThisUpdate: time.Now().Add(-time.Minute), NextUpdate: time.Now().Add(time.Hour), RevokedAt: time.Now().Add(-time.Minute)}, by.Key)
+		if err != nil {
+			t.Error(err)
+		}
+		_, _ = w.Write(b)
+	}))
+	defer srv.Close()
+	o := &verify.OCSP{URL: srv.URL, MaxAge: time.Hour}
+	for _, by = range []*testca.CA{one, two} {
+		err := o.Check(t.Context(), by.Agent(t, "a", []byte(scopeJSON), serial).Chain[0], by.Certificate, time.Now())
+		if (status[by] == ocsp.Revoked) != errors.Is(err, &verify.Refusal{Reason: verify.ReasonRevoked}) || status[by] == ocsp.Good && err != nil {
+			t.Errorf("status %d: %v", status[by], err)
+		}
 	}
 }

@@ -147,12 +147,12 @@ type OCSP struct {
 	MaxAge time.Duration
 
 	mu    sync.Mutex
-	known map[string]*ocsp.Response
+	known map[string]*ocsp.Response // by issuer's key and serial number
 }
 
 // Check implements Revocation.
 func (o *OCSP) Check(ctx context.Context, c, issuer *x509.Certificate, now time.Time) error {
-	serial := string(c.SerialNumber.Bytes())
+	serial := string(issuer.RawSubjectPublicKeyInfo) + string(c.SerialNumber.Bytes())
 	o.mu.Lock()
 	r := o.known[serial]
 	o.mu.Unlock()

@@ -197,8 +197,18 @@ func (s *SQLStore) Action(ctx context.Context, id string) (string, error) {
 	return header + "." + base64.RawURLEncoding.EncodeToString(payload) + "." + base64.RawURLEncoding.EncodeToString(signature), err
 }
 
-// Use implements ReplayStore. What it does not refuse is durable when it returns.
+// useTimeout bounds one use, where the database does not answer.
+const useTimeout = 10 * time.Second
+
+// Use implements ReplayStore. What it does not refuse is durable when it returns. Once
+// begun it comes to its end whether or not ctx does: a client that leaves in the middle would
+// make the store read all again that the agent did.
 func (s *SQLStore) Use(ctx context.Context, u Use, now time.Time) error {
+	if err := ctx.Err(); err != nil {
+		return err
+	}
+	ctx, cancel := context.WithTimeout(context.WithoutCancel(ctx), useTimeout)
+	defer cancel()
 	s.mu.Lock()
 	a := s.agents[u.Agent]
 	if a == nil {
