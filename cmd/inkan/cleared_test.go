@@ -53,3 +53,20 @@ func TestClearedTPM(t *testing.T) {
 	startCommand(t, &struct{ Socket string }{}, "signer", "serve", "--config", h.path("signer.yaml"))
 	h.verifies(t, h.must(t, h.sign(h.order(t, 1))...))
 }
+
+// TestCertificateOfAnotherKey: what a kill leaves between a new key and its
+// certificate, or a key that was exchanged in the configuration, is enrolled at the start.
+func TestCertificateOfAnotherKey(t *testing.T) {
+	h := newHost(t, gateScope)
+	old, err := os.ReadFile(h.path("state/mm-07/action.pem"))
+	if err != nil {
+		t.Fatal(err)
+	}
+	if err := os.Remove(h.path("state/mm-07/action.tss2.pem")); err != nil {
+		t.Fatal(err)
+	}
+	h.must(t, "signer", "enrol", "--config", h.path("signer.yaml"))
+	h.write(t, "state/mm-07/action.pem", string(old))
+	startCommand(t, &struct{ Socket string }{}, "signer", "serve", "--config", h.path("signer.yaml"))
+	h.verifies(t, h.must(t, h.sign(h.order(t, 1))...))
+}

@@ -378,7 +378,7 @@ func (h *host) Renew(ctx context.Context, agent string) ([]*x509.Certificate, ti
 }
 
 // credentials loads an agent's key and certificate; an agent without a valid
-// certificate is enrolled first.
+// certificate for its key is enrolled first.
 func (h *host) credentials(ctx context.Context, agent string) (signer.Credentials, error) {
 	state, err := signer.OpenState(h.config.StateDir, agent)
 	if err != nil {
@@ -388,14 +388,21 @@ func (h *host) credentials(ctx context.Context, agent string) (signer.Credential
 	if err != nil {
 		return signer.Credentials{}, err
 	}
-	if len(chain) == 0 || time.Now().After(chain[0].NotAfter) {
-		if chain, _, err = h.enrol(ctx, agent); err != nil {
-			return signer.Credentials{}, fmt.Errorf("enrolling agent %s: %w", agent, err)
-		}
-	}
 	external, err := h.external(ctx, agent)
 	if err != nil {
 		return signer.Credentials{}, err
+	}
+	current := len(chain) > 0 && time.Now().Before(chain[0].NotAfter)
+	if current {
+		// A kill between a new key and its certificate leaves that of the key before.
+		if current, err = h.certified(state, external[attest.PurposeAction], chain[0]); err != nil {
+			return signer.Credentials{}, fmt.Errorf("agent %s: %w", agent, err)
+		}
+	}
+	if !current {
+		if chain, _, err = h.enrol(ctx, agent); err != nil {
+			return signer.Credentials{}, fmt.Errorf("enrolling agent %s: %w", agent, err)
+		}
 	}
 	if k := external[attest.PurposeAction]; k != nil {
 		cred := signer.Credentials{Key: k, Chain: chain, Device: h.stats[agent]}
@@ -430,6 +437,28 @@ func (h *host) credentials(ctx context.Context, agent string) (signer.Credential
 		}
 	}
 	return cred, nil
+}
+
+// certified says whether a certificate is for the agent's action key, which is
+// in the TPM if it is not external.
+func (h *host) certified(state *signer.State, external crypto.Signer, c *x509.Certificate) (bool, error) {
+	k := external
+	if k == nil {
+		files, err := state.Keys(attest.PurposeAction)
+		if err != nil || files[attest.PurposeAction] == nil {
+			return false, err
+		}
+		inTPM, err := h.dev.LoadKey(files[attest.PurposeAction], nil)
+		if errors.Is(err, tpm.ErrForeignKey) {
+			return false, nil
+		}
+		if err != nil {
+			return false, err
+		}
+		k = inTPM
+	}
+	public, ok := k.Public().(interface{ Equal(crypto.PublicKey) bool })
+	return ok && public.Equal(c.PublicKey), nil
 }
 
 // cancels loads an agent's key for cancels, if the configuration asks for it.
