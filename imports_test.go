@@ -23,7 +23,7 @@ var allowed = map[string][]string{
 	"confine":             {"scope", "github.com/elastic/go-seccomp-bpf", "github.com/landlock-lsm/go-landlock", "golang.org/x/net", "golang.org/x/sys"},
 	"cmd/inkan-sim":       {"*", "simulator"},
 	"examples/bot":        {},
-	"hsm":                 {"internal/strictjson", "github.com/ThalesGroup/crypto11", "github.com/miekg/pkcs11"},
+	"hsm":                 {"internal/strictjson", "github.com/ThalesGroup/crypto11", "github.com/miekg/pkcs11", "golang.org/x/sys"},
 	"internal/anchor":     {"audit", "tpm"},
 	"internal/attester":   {"internal/certext", "attest", "journal", "tpm", "internal/problem", "internal/strictjson"},
 	"internal/caller":     {"golang.org/x/sys"},

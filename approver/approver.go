@@ -52,6 +52,7 @@ const (
 	RuleChecked     scope.Rule = "unchecked"           // it was seen before, under a certificate that was not known then
 	RuleRecord      scope.Rule = "record"              // this approver's record does not work
 	RuleKey         scope.Rule = "key"                 // this approver's key does not work
+	RuleReserve     scope.Rule = "reserve"             // this approver consents to no reserve of the agent
 )
 
 // Bounds of a request.
@@ -110,7 +111,7 @@ func refuse(rule scope.Rule, format string, a ...any) error {
 type Approver struct {
 	config     *Config
 	key        crypto.Signer
-	consent    *attest.ApproverKey // the same, used by Decide alone
+	signing    *attest.ApproverKey // the same, used by Decide and Consent alone
 	ref        []byte
 	roots      *x509.CertPool
 	revocation verify.Revocation
@@ -134,12 +135,13 @@ type credential struct {
 	scope        *scope.Scope
 	sum          scope.Digest // SHA-256 of the certificate
 	name         []byte       // TPM Name of the key
+	mode         string       // of the key
 	header       *jws.Header
 }
 
 // New makes an approver. It does not close the record.
 func New(c *Config, key crypto.Signer, roots *x509.CertPool, revocation verify.Revocation, record *Record, log *slog.Logger) (*Approver, error) {
-	consent, err := attest.NewApproverKey(key)
+	signing, err := attest.NewApproverKey(key)
 	if err != nil {
 		return nil, err
 	}
@@ -150,7 +152,7 @@ func New(c *Config, key crypto.Signer, roots *x509.CertPool, revocation verify.R
 	if c.Kills != "" {
 		kills = &verify.KillList{Load: verify.HTTPLoader(c.Kills), MaxAge: c.maxKillAge}
 	}
-	return &Approver{kills: kills, config: c, key: key, consent: consent, ref: attest.PolicyRef(c.TrustDomain), roots: roots, revocation: revocation, record: record, log: log, metrics: newMetrics(), now: time.Now,
+	return &Approver{kills: kills, config: c, key: key, signing: signing, ref: attest.PolicyRef(c.TrustDomain), roots: roots, revocation: revocation, record: record, log: log, metrics: newMetrics(), now: time.Now,
 		known: make(map[[32]byte]*credential)}, nil
 }
 
@@ -167,7 +169,7 @@ func (a *Approver) Decide(ctx context.Context, client *x509.Certificate, r *Requ
 	if err != nil {
 		return nil, err
 	}
-	if err := a.current(ctx, client, cred, r.From, now); err != nil {
+	if err := a.current(ctx, client, cred, attest.ModeApprover, r.From, now); err != nil {
 		return nil, err
 	}
 
@@ -199,13 +201,13 @@ func (a *Approver) Decide(ctx context.Context, client *x509.Certificate, r *Requ
 	if err != nil {
 		return nil, err
 	}
-	consent := a.consentTo(cred, r)
-	if err := a.recorded(ctx, a.record.authorize(ctx, cred, entries, &entry{r.Statement, st, permit}, consent.begin)); err != nil {
-		return nil, err // a consent that was begun is given to nobody
+	pending := a.authorization(cred, r)
+	if err := a.recorded(ctx, a.record.authorize(ctx, cred, entries, &entry{r.Statement, st, permit}, pending.begin)); err != nil {
+		return nil, err // one that was begun is given to nobody
 	}
 
-	// 5. The consent.
-	x, err := consent.result()
+	// 5. The authorization.
+	x, err := pending.result()
 	if err != nil {
 		a.log.ErrorContext(ctx, "the approver's key does not sign", "error", err)
 		return nil, refuse(RuleKey, "the approver's key does not sign; its log says why")
@@ -213,29 +215,36 @@ func (a *Approver) Decide(ctx context.Context, client *x509.Certificate, r *Requ
 	return x, nil
 }
 
-// consent is an authorization that is signed while its record is committed: the
+// pending is an authorization that is signed while its record is committed: the
 // one takes a processor, the other a disk.
-type consent struct {
+type pending struct {
 	begin  func()
 	result func() (*attest.Authorization, error)
 }
 
-// consentTo prepares to sign. The digest is of what the receiver will see, and
+// authorization prepares to sign one. The digest is of what the receiver will see, and
 // the command is the one that signs it with the certified key: both are computed here.
-func (a *Approver) consentTo(cred *credential, r *Request) consent {
+func (a *Approver) authorization(cred *credential, r *Request) pending {
 	sign := sync.OnceValues(func() (*attest.Authorization, error) {
 		digest := sha256.Sum256(cred.header.SigningInput(r.Statement))
-		return a.consent.Authorize(r.Nonce, attest.SignCommandHash(cred.name, digest), a.ref)
+		return a.signing.Authorize(r.Nonce, attest.SignCommandHash(cred.name, digest), a.ref)
 	})
-	return consent{func() { go func() { _, _ = sign() }() }, sign}
+	return pending{func() { go func() { _, _ = sign() }() }, sign}
 }
 
 // killed asks the issuer's list, where it is configured. Cancels pass.
 func (a *Approver) killed(ctx context.Context, cred *credential, st *scope.Statement, now time.Time) error {
-	if a.kills == nil || st.Kind.ReducesRisk() {
+	if st.Kind.ReducesRisk() {
 		return nil
 	}
-	err := a.kills.Check(ctx, st.Agent, st.Audience, cred.issuer, now)
+	return a.killedAt(ctx, cred, st.Audience, now)
+}
+
+func (a *Approver) killedAt(ctx context.Context, cred *credential, venue string, now time.Time) error {
+	if a.kills == nil {
+		return nil
+	}
+	err := a.kills.Check(ctx, cred.action.Agent, venue, cred.issuer, now)
 	if errors.Is(err, &verify.Refusal{Reason: verify.ReasonKilled}) {
 		return refuse(scope.RuleKill, "the issuer's list: %v", err)
 	} else if err != nil {
@@ -261,7 +270,7 @@ func (a *Approver) Append(ctx context.Context, client *x509.Certificate, r *Requ
 	if err != nil {
 		return err
 	}
-	if err := a.current(ctx, client, cred, r.From, now); err != nil {
+	if err := a.current(ctx, client, cred, attest.ModeApprover, r.From, now); err != nil {
 		return err
 	}
 	entries, err := a.entries(r.Entries, cred, now)
@@ -357,8 +366,8 @@ func (a *Approver) verifyChain(chain [][]byte, now time.Time) (*credential, erro
 // the Name that the certificate states.
 func (c *credential) bind() error {
 	att := c.action.Attestation
-	if att.Mode != attest.ModeApprover || att.Protection != certext.ProtectionTPM {
-		return refuse(RuleMode, "the key is in mode %.16q with protection %.16q: only a key in a TPM in mode %s needs an approver", att.Mode, att.Protection, attest.ModeApprover)
+	if c.mode = att.Mode; c.mode != attest.ModeApprover && c.mode != attest.ModeReserve || att.Protection != certext.ProtectionTPM {
+		return refuse(RuleMode, "the key is in mode %.16q with protection %.16q: only a key in a TPM in mode %s or %s needs an approver", att.Mode, att.Protection, attest.ModeApprover, attest.ModeReserve)
 	}
 	key, ok := c.leaf.PublicKey.(*ecdsa.PublicKey)
 	if !ok {
@@ -378,10 +387,12 @@ func (c *credential) bind() error {
 	return nil
 }
 
-// current applies what may change between two requests.
-func (a *Approver) current(ctx context.Context, client *x509.Certificate, cred *credential, from netip.Addr, now time.Time) error {
+// current applies what may change between two requests, which are for keys of a mode.
+func (a *Approver) current(ctx context.Context, client *x509.Certificate, cred *credential, mode string, from netip.Addr, now time.Time) error {
 	leaf := cred.leaf
 	switch {
+	case cred.mode != mode:
+		return refuse(RuleMode, "the key is in mode %s, one in mode %s is expected", cred.mode, mode)
 	case now.Before(leaf.NotBefore):
 		return refuse(RuleCertificate, "the certificate is valid from %s on", leaf.NotBefore.UTC().Format(time.RFC3339))
 	case now.After(leaf.NotAfter):

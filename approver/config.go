@@ -9,6 +9,7 @@ import (
 	"strings"
 	"time"
 
+	"inkan/attest"
 	"inkan/internal/certext"
 	"inkan/internal/postgres"
 	"inkan/internal/strictjson"
@@ -49,8 +50,52 @@ type Config struct {
 type AgentConfig struct {
 	Name  string `json:"name"`
 	Scope string `json:"scope,omitempty"` // YAML or JSON file: the certificate's scope must be inside this one
+	// Reserve: what the agent may do while no approver answers is consented to in advance. Absent: nothing.
+	Reserve *ReserveConfig `json:"reserve,omitempty"`
 
 	ceiling *scope.Scope
+}
+
+// ReserveConfig bounds an agent's reserve.
+type ReserveConfig struct {
+	Scope string `json:"scope"` // YAML or JSON file: the scope of the reserve's certificate must be inside this one, which has a limit over time
+	For   string `json:"for"`   // how long one consent serves, at most 15m
+
+	ceiling *scope.Scope
+	seconds int
+}
+
+func (r *ReserveConfig) validate() (err error) {
+	if r.Scope == "" || r.For == "" {
+		return errors.New("scope and for are expected")
+	}
+	d, err := time.ParseDuration(r.For)
+	if err != nil || d < minReserve || d > attest.MaxReserve*time.Second || d%time.Second != 0 {
+		return fmt.Errorf("for %.32q: whole seconds are expected, %s to %s", r.For, minReserve, attest.MaxReserve*time.Second)
+	}
+	r.seconds = int(d / time.Second)
+	if r.ceiling, err = readScope(r.Scope); err != nil {
+		return err
+	}
+	if !r.ceiling.BoundsOverTime() {
+		return fmt.Errorf("%s: it has no limit over time: max_notional_per_window or max_orders_per_window is expected", r.Scope)
+	}
+	return nil
+}
+
+// minReserve is the shortest consent: a signer asks for the next one in time.
+const minReserve = 10 * time.Second
+
+func readScope(path string) (*scope.Scope, error) {
+	b, err := os.ReadFile(path)
+	if err != nil {
+		return nil, err
+	}
+	s, err := scope.ParseYAML(b) // JSON is YAML
+	if err != nil {
+		return nil, fmt.Errorf("%s: %w", path, err)
+	}
+	return s, nil
 }
 
 // ParseConfig reads a configuration file, strictly. Relative paths are below dir.
@@ -128,16 +173,19 @@ func (c *Config) validate(dir string) error {
 			return fmt.Errorf("agent %s stands twice", a.Name)
 		}
 		c.agents[id] = a
+		if a.Reserve != nil {
+			below(&a.Reserve.Scope)
+			if err := a.Reserve.validate(); err != nil {
+				return fmt.Errorf("agent %s: reserve: %w", a.Name, err)
+			}
+		}
 		if a.Scope == "" {
 			continue
 		}
 		below(&a.Scope)
-		b, err := os.ReadFile(a.Scope)
-		if err != nil {
+		var err error
+		if a.ceiling, err = readScope(a.Scope); err != nil {
 			return fmt.Errorf("agent %s: %w", a.Name, err)
-		}
-		if a.ceiling, err = scope.ParseYAML(b); err != nil { // JSON is YAML
-			return fmt.Errorf("agent %s: %s: %w", a.Name, a.Scope, err)
 		}
 	}
 	return nil

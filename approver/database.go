@@ -40,6 +40,12 @@ CREATE TABLE IF NOT EXISTS book(        -- since version 2: what is kept for the
 	bytes BYTEA NOT NULL,
 	PRIMARY KEY(agent, size, part)
 );
+CREATE TABLE IF NOT EXISTS consent(     -- since version 2: to an agent's reserve
+	agent       TEXT NOT NULL,
+	certificate BYTEA NOT NULL,         -- SHA-256 of the reserve's
+	time        BIGINT NOT NULL,        -- when, in microseconds since 1970
+	until       BIGINT NOT NULL         -- and until when it serves
+);
 `
 
 const schemaRecord = `

@@ -331,3 +331,50 @@ func TestFaultyApprovers(t *testing.T) {
 		})
 	}
 }
+
+// TestDown: the group knows whether approvers answer, and gets consents from the first that gives one.
+func TestDown(t *testing.T) {
+	key := newKey(t)
+	x := newTrading(t, []*ecdsa.PublicKey{&key.PublicKey})
+	record := newRecord(t)
+	url, stop := x.serve(t, key, record)
+	g := x.group(time.Second, url)
+	if g.Down() {
+		t.Error("down before anybody was asked")
+	}
+	if _, err := x.sign(t.Context(), g, x.order(t, nil)); err != nil || g.Down() {
+		t.Fatalf("down %v: %v", g.Down(), err)
+	}
+	// A refusal is an answer; and who gives up learns nothing of the approvers.
+	nonce := make([]byte, attest.NonceTPMSize)
+	consent := func(ctx context.Context, g *client.Group) error {
+		return g.Consent(ctx, x.agent.Chain, nonce, func(string, int32, []byte) (bool, error) { return true, nil })
+	}
+	if err := consent(t.Context(), g); !isRefusal(err, approver.RuleMode) || g.Down() {
+		t.Errorf("a consent for a key in approver mode: down %v: %v", g.Down(), err)
+	}
+	gone, cancel := context.WithCancel(t.Context())
+	cancel()
+	if err := consent(gone, g); err == nil || g.Down() {
+		t.Errorf("given up: down %v: %v", g.Down(), err)
+	}
+	stop()
+	left := x.order(t, nil)
+	if _, err := x.sign(t.Context(), g, left); !errors.Is(err, client.ErrUnreachable) || !g.Down() {
+		t.Errorf("no approver: down %v: %v", g.Down(), err)
+	}
+	if err := g.Probe(t.Context()); !errors.Is(err, client.ErrUnreachable) || !g.Down() {
+		t.Errorf("a probe: down %v: %v", g.Down(), err)
+	}
+	again, _ := x.serve(t, key, record)
+	two := x.group(time.Second, url, again) // the first does not answer
+	if err := consent(t.Context(), two); !isRefusal(err, approver.RuleMode) || two.Down() {
+		t.Errorf("the second approver: down %v: %v", two.Down(), err)
+	}
+	if err := two.Probe(t.Context()); err != nil {
+		t.Errorf("a probe: %v", err)
+	}
+	if _, err := x.sign(t.Context(), two, left); err != nil || two.Down() {
+		t.Errorf("when it is back: down %v: %v", two.Down(), err)
+	}
+}

@@ -86,7 +86,7 @@ func (a *Approver) Serve(ctx context.Context, ready func(Addresses)) error {
 func (a *Approver) handler() http.Handler {
 	mux := http.NewServeMux()
 	mux.HandleFunc("POST /v1/authorizations", func(w http.ResponseWriter, r *http.Request) {
-		a.answer(w, r, true, func(client *x509.Certificate, q *Request) (any, error) {
+		a.answer(w, r, forStatement, func(client *x509.Certificate, q *Request) (any, error) {
 			x, err := a.Decide(r.Context(), client, q)
 			if err == nil {
 				a.metrics.authorized.WithLabelValues(client.Subject.CommonName).Inc()
@@ -94,8 +94,17 @@ func (a *Approver) handler() http.Handler {
 			return x, err
 		})
 	})
+	mux.HandleFunc("POST /v1/consents", func(w http.ResponseWriter, r *http.Request) {
+		a.answer(w, r, ParseConsentRequest, func(client *x509.Certificate, q *Request) (any, error) {
+			x, err := a.Consent(r.Context(), client, q)
+			if err == nil {
+				a.metrics.consents.WithLabelValues(client.Subject.CommonName).Inc()
+			}
+			return x, err
+		})
+	})
 	mux.HandleFunc("POST /v1/entries", func(w http.ResponseWriter, r *http.Request) {
-		a.answer(w, r, false, func(client *x509.Certificate, q *Request) (any, error) {
+		a.answer(w, r, entriesAlone, func(client *x509.Certificate, q *Request) (any, error) {
 			return struct{}{}, a.Append(r.Context(), client, q)
 		})
 	})
@@ -114,7 +123,10 @@ func (a *Approver) handler() http.Handler {
 	return mux
 }
 
-func (a *Approver) answer(w http.ResponseWriter, r *http.Request, authorize bool, f func(*x509.Certificate, *Request) (any, error)) {
+func forStatement(b []byte) (*Request, error) { return ParseRequest(b, true) }
+func entriesAlone(b []byte) (*Request, error) { return ParseRequest(b, false) }
+
+func (a *Approver) answer(w http.ResponseWriter, r *http.Request, parse func([]byte) (*Request, error), f func(*x509.Certificate, *Request) (any, error)) {
 	begun := time.Now()
 	defer func() {
 		a.metrics.seconds.Observe(time.Since(begun).Seconds())
@@ -131,7 +143,7 @@ func (a *Approver) answer(w http.ResponseWriter, r *http.Request, authorize bool
 		problem.Write(w, problem.Problem{Status: http.StatusBadRequest, Detail: "the request's body could not be read"})
 		return
 	}
-	q, err := ParseRequest(body, authorize)
+	q, err := parse(body)
 	if err != nil {
 		a.fail(w, r, err)
 		return

@@ -2,6 +2,7 @@ package attest
 
 import (
 	"bytes"
+	"cmp"
 	"crypto"
 	"crypto/ecdsa"
 	"crypto/ed25519"
@@ -36,16 +37,15 @@ type Expectation struct {
 	Binding      []byte     // exporter of the TLS channel that the evidence came over
 	Secret       []byte     // inside the credential; nil: the AK is on record
 	Endorsement  *Endorsement
-	SRK          []byte         // TPMT_PUBLIC from the Hello, on record after the first time
-	AK           []byte         // likewise
-	AuthPolicy   []byte         // of keys in local mode
-	ApproverAuth []byte         // authPolicy of keys in approver mode
-	Clock        *Clock         // of the last accepted evidence; nil at first
-	Epoch        uint64         // likewise, of its epoch counter; 0 at first
-	Audit        *uint64        // likewise, of its audit counter; nil: it gave no testimony yet
-	UnsafeClock  bool           // the device's record allows a clock that is not safe
-	MinFirmware  uint64         // the firmware must not be older; 0: any
-	VendorRoots  *x509.CertPool // for what an HSM's maker says of a key
+	SRK          []byte            // TPMT_PUBLIC from the Hello, on record after the first time
+	AK           []byte            // likewise
+	AuthPolicies map[string][]byte // of keys, by their mode
+	Clock        *Clock            // of the last accepted evidence; nil at first
+	Epoch        uint64            // likewise, of its epoch counter; 0 at first
+	Audit        *uint64           // likewise, of its audit counter; nil: it gave no testimony yet
+	UnsafeClock  bool              // the device's record allows a clock that is not safe
+	MinFirmware  uint64            // the firmware must not be older; 0: any
+	VendorRoots  *x509.CertPool    // for what an HSM's maker says of a key
 	AppraisalNow time.Time
 }
 
@@ -56,7 +56,7 @@ type CertifiedKey struct {
 	Vendor     string // of a key in an HSM: the format of the evidence that proved it; empty: its host says so
 	Mode       string // of a key in the TPM
 	PublicKey  crypto.PublicKey
-	CSR        *x509.CertificateRequest // nil for a key in approver mode
+	CSR        *x509.CertificateRequest // nil for a key that approvers stand before
 	Name       []byte                   // of a key in the TPM
 	AuthPolicy []byte                   // likewise
 }
@@ -274,12 +274,12 @@ func (a *appraisal) key(want KeyRequest, ev *KeyEvidence) (*CertifiedKey, error)
 	if !ok {
 		return nil, refuse("K3", "the key is not an ECDSA key")
 	}
-	k := &CertifiedKey{Purpose: want.Purpose, Mode: ModeLocal, PublicKey: key, Name: name, AuthPolicy: public.AuthPolicy.Buffer}
-	if want.Mode == ModeApprover {
+	k := &CertifiedKey{Purpose: want.Purpose, Mode: cmp.Or(want.Mode, ModeLocal), PublicKey: key, Name: name, AuthPolicy: public.AuthPolicy.Buffer}
+	if k.Mode != ModeLocal {
 		// It signs nothing but statements, not even a request: that the TPM certified
 		// it for this exchange shows who holds it.
-		if k.Mode = ModeApprover; len(ev.CSR) != 0 {
-			return nil, refuse("K2", "a certificate request for a key in approver mode, which signs none")
+		if len(ev.CSR) != 0 {
+			return nil, refuse("K2", "a certificate request for a key in %.16s mode, which signs none", k.Mode)
 		}
 		return k, nil
 	}
@@ -304,10 +304,7 @@ func (a *appraisal) template(p *tpm2.TPMTPublic, want KeyRequest) error {
 			return refuse("K3", "%s of the %s key is %v, %v is expected", bit.name, want.Purpose, bit.set, bit.want)
 		}
 	}
-	expected := a.x.AuthPolicy
-	if want.Mode == ModeApprover {
-		expected = a.x.ApproverAuth
-	}
+	expected := a.x.AuthPolicies[cmp.Or(want.Mode, ModeLocal)]
 	if len(expected) == 0 || !bytes.Equal(p.AuthPolicy.Buffer, expected) {
 		return refuse("K3", "the authPolicy of the %s key is %x, %x is expected", want.Purpose, p.AuthPolicy.Buffer, expected)
 	}
@@ -492,10 +489,7 @@ func (a *appraisal) clock(s *tpm2.TPMSAttest, r *Result) error {
 // matchPolicy returns the first approved policy that the values satisfy, of
 // those that the first key asked for works under.
 func matchPolicy(c *Challenge, values []PCRValue, epoch uint64) (string, error) {
-	mode := ModeLocal
-	if c.Keys[0].Mode == ModeApprover {
-		mode = ModeApprover
-	}
+	mode := cmp.Or(c.Keys[0].Mode, ModeLocal)
 	list := UsableWith(c.Policies, mode, c.Epoch != nil, epoch)
 	for i := range list {
 		p := &list[i]

@@ -60,7 +60,7 @@ func newFixture(t testing.TB) *fixture {
 	f.x = attest.Expectation{
 		Challenge: &attest.Challenge{Session: bytes.Repeat([]byte{1}, 16), Nonce: bytes.Repeat([]byte{2}, 32), PCRs: selection, PolicyKey: area, PolicyRef: ref, Policies: []attest.ApprovedPolicy{*approved},
 			Keys: []attest.KeyRequest{{Purpose: attest.PurposeAction, Template: attest.KeyTemplate(auth)}, {Purpose: attest.PurposeTLS, Template: attest.KeyTemplate(auth)}}},
-		Binding: bytes.Repeat([]byte{3}, 32), Endorsement: e, SRK: f.dev.Hello.SRKPublic, AK: f.dev.Hello.AKPublic, AuthPolicy: auth, AppraisalNow: time.Now(),
+		Binding: bytes.Repeat([]byte{3}, 32), Endorsement: e, SRK: f.dev.Hello.SRKPublic, AK: f.dev.Hello.AKPublic, AuthPolicies: map[string][]byte{attest.ModeLocal: auth}, AppraisalNow: time.Now(),
 	}
 	return f
 }

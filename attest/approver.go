@@ -11,6 +11,7 @@ import (
 	"encoding/hex"
 	"errors"
 	"fmt"
+	"slices"
 
 	"github.com/google/go-tpm/tpm2"
 )
@@ -19,7 +20,11 @@ import (
 const (
 	ModeLocal    = "local"    // it signs while the host is in an approved state
 	ModeApprover = "approver" // besides, for each signature, the TPM demands approvers' authorizations
+	ModeReserve  = "reserve"  // besides, the TPM demands an approver's consent of not long ago, which is for any signature
 )
+
+// Modes are all of them.
+var Modes = []string{ModeLocal, ModeApprover, ModeReserve}
 
 // AuthorizationSeconds is the expiration in every authorization of an approver,
 // in seconds from the start of the TPM's session. One without end would let a
@@ -46,6 +51,30 @@ func ApproverPolicyRef(policyRef []byte) []byte {
 	return sum[:]
 }
 
+// ReservePolicyRef is the policyRef of approvals for keys in reserve mode.
+func ReservePolicyRef(policyRef []byte) []byte {
+	sum := sha256.Sum256(append([]byte("inkan reserve policy v1\x00"), policyRef...))
+	return sum[:]
+}
+
+// modeRef is the policyRef of approvals for keys of a mode.
+func modeRef(mode string, policyRef []byte) []byte {
+	switch mode {
+	case ModeApprover:
+		return ApproverPolicyRef(policyRef)
+	case ModeReserve:
+		return ReservePolicyRef(policyRef)
+	}
+	return policyRef
+}
+
+// ReserveRef is the policyRef inside approvers' consents for keys in reserve
+// mode. It differs from that of authorizations, so that no consent serves a key in approver mode.
+func ReserveRef(policyRef []byte) []byte {
+	sum := sha256.Sum256(append([]byte("inkan reserve v1\x00"), policyRef...))
+	return sum[:]
+}
+
 // AuthorizationRef is the policyRef inside approvers' authorizations: an
 // approver's key serves one trust domain.
 func AuthorizationRef(policyRef []byte) []byte {
@@ -56,9 +85,7 @@ func AuthorizationRef(policyRef []byte) []byte {
 // PolicyRef is the policyRef that an approval is signed for: that of the mode
 // of the keys it is for, and of approvals that end with an epoch if it does.
 func (p *ApprovedPolicy) PolicyRef(policyRef []byte) []byte {
-	if p.Mode() == ModeApprover {
-		policyRef = ApproverPolicyRef(policyRef)
-	}
+	policyRef = modeRef(p.Mode(), policyRef)
 	if p.Epoch > 0 {
 		policyRef = EpochPolicyRef(policyRef)
 	}
@@ -67,7 +94,10 @@ func (p *ApprovedPolicy) PolicyRef(policyRef []byte) []byte {
 
 // Mode is the mode of the keys that the approval is for.
 func (p *ApprovedPolicy) Mode() string {
-	if len(p.Approvers) > 0 {
+	switch {
+	case p.Reserve:
+		return ModeReserve
+	case len(p.Approvers) > 0:
 		return ModeApprover
 	}
 	return ModeLocal
@@ -87,13 +117,10 @@ func OfMode(list []ApprovedPolicy, mode string) []ApprovedPolicy {
 // KeyPolicy returns the SHA-256 authPolicy of a key of a mode: TPM2_PolicyAuthorize
 // for what the policy key approves for keys of that mode.
 func KeyPolicy(mode string, policyKey, policyRef []byte) ([]byte, error) {
-	switch mode {
-	case ModeLocal:
-		return AuthPolicy(policyKey, policyRef)
-	case ModeApprover:
-		return AuthPolicy(policyKey, ApproverPolicyRef(policyRef))
+	if !slices.Contains(Modes, mode) {
+		return nil, fmt.Errorf("key mode %.16q: one of %q is expected", mode, Modes)
 	}
-	return nil, fmt.Errorf("key mode %.16q: %s or %s is expected", mode, ModeLocal, ModeApprover)
+	return AuthPolicy(policyKey, modeRef(mode, policyRef))
 }
 
 // PolicyDigest returns the SHA-256 digest of what p approves: TPM2_PolicyPCR over
@@ -114,6 +141,11 @@ func PolicyDigest(p *ApprovedPolicy, policyRef []byte) ([]byte, error) {
 		digest = epochStep(digest, p.Epoch)
 	}
 	ref := AuthorizationRef(policyRef)
+	if p.Reserve {
+		if ref = ReserveRef(policyRef); len(p.Approvers) != 1 {
+			return nil, fmt.Errorf("%d approvers for keys in reserve mode, 1 is expected: give each an approval of its own", len(p.Approvers))
+		}
+	}
 	for i, area := range p.Approvers {
 		name, err := approverName(area)
 		if err != nil {
@@ -217,7 +249,7 @@ func SignCommandHash(keyName []byte, digest [32]byte) [32]byte {
 // Authorization is an approver's consent to one TPM2_Sign in one session.
 type Authorization struct {
 	Approver   string `json:"approver"`   // its key, see ApproverID
-	Expiration int32  `json:"expiration"` // AuthorizationSeconds
+	Expiration int32  `json:"expiration"` // AuthorizationSeconds; of a consent that of its session, negative
 	Signature  []byte `json:"signature"`  // TPMT_SIGNATURE over aHash
 }
 
@@ -233,7 +265,7 @@ func authorizationHash(nonceTPM []byte, cpHash [32]byte, policyRef []byte) ([32]
 	return sha256.Sum256(append(b, AuthorizationRef(policyRef)...)), nil
 }
 
-// ApproverKey is an approver's P-256 key. Its only use is [ApproverKey.Authorize].
+// ApproverKey is an approver's P-256 key. It has two uses: [ApproverKey.Authorize] and [ApproverKey.Consent].
 type ApproverKey struct {
 	key crypto.Signer
 	pub *ecdsa.PublicKey
@@ -269,6 +301,10 @@ func (k *ApproverKey) Authorize(nonceTPM []byte, cpHash [32]byte, policyRef []by
 	if err != nil {
 		return nil, err
 	}
+	return k.sign(hash, AuthorizationSeconds)
+}
+
+func (k *ApproverKey) sign(hash [32]byte, expiration int32) (*Authorization, error) {
 	der, err := k.key.Sign(rand.Reader, hash[:], crypto.SHA256)
 	if err != nil {
 		return nil, fmt.Errorf("signing with the approver key: %w", err)
@@ -280,7 +316,7 @@ func (k *ApproverKey) Authorize(nonceTPM []byte, cpHash [32]byte, policyRef []by
 	if err != nil {
 		return nil, fmt.Errorf("approver key: %w", err)
 	}
-	return &Authorization{Approver: k.id, Expiration: AuthorizationSeconds, Signature: sig}, nil
+	return &Authorization{Approver: k.id, Expiration: expiration, Signature: sig}, nil
 }
 
 // VerifyAuthorization returns nil if the approver with this TPMT_PUBLIC gave the
@@ -299,6 +335,45 @@ func VerifyAuthorizationBy(key any, a *Authorization, nonceTPM []byte, cpHash [3
 		return fmt.Errorf("its expiration is %d s, %d is expected", a.Expiration, AuthorizationSeconds)
 	}
 	hash, err := authorizationHash(nonceTPM, cpHash, policyRef)
+	if err != nil {
+		return err
+	}
+	return verifyECDSA(key, hash, a.Signature)
+}
+
+// MaxReserve bounds how long a consent serves, in seconds from the start of the
+// session that it was given in.
+const MaxReserve = 900
+
+// reserveHash is aHash of the TPM2_PolicySigned that makes a consent: with an
+// empty cpHash (any command) and a negative expiration, on which the TPM gives a ticket
+// (TPM2_PolicyTicket) that serves until then, and not after a reset.
+func reserveHash(nonceTPM []byte, expiration int32, policyRef []byte) ([32]byte, error) {
+	if len(nonceTPM) != NonceTPMSize {
+		return [32]byte{}, fmt.Errorf("nonceTPM has %d bytes, %d are expected", len(nonceTPM), NonceTPMSize)
+	}
+	if expiration >= 0 || expiration < -MaxReserve {
+		return [32]byte{}, fmt.Errorf("the consent's expiration is %d s, -%d to -1 is expected", expiration, MaxReserve)
+	}
+	b := binary.BigEndian.AppendUint32(bytes.Clone(nonceTPM), uint32(expiration))
+	return sha256.Sum256(append(b, ReserveRef(policyRef)...)), nil
+}
+
+// Consent signs a consent to what keys in reserve mode sign in so many
+// seconds. The caller has decided that the agent may have it.
+func (k *ApproverKey) Consent(nonceTPM []byte, seconds int, policyRef []byte) (*Authorization, error) {
+	expiration := -int32(max(0, min(seconds, MaxReserve+1)))
+	hash, err := reserveHash(nonceTPM, expiration, policyRef)
+	if err != nil {
+		return nil, err
+	}
+	return k.sign(hash, expiration)
+}
+
+// VerifyConsent returns nil if the approver with this key, from [PublicKey],
+// consented in the session with this nonce.
+func VerifyConsent(key any, a *Authorization, nonceTPM, policyRef []byte) error {
+	hash, err := reserveHash(nonceTPM, a.Expiration, policyRef)
 	if err != nil {
 		return err
 	}

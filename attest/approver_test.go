@@ -20,11 +20,12 @@ import (
 func (f *fixture) inApproverMode(t testing.TB) {
 	t.Helper()
 	c := f.x.Challenge
-	var err error
-	if f.x.ApproverAuth, err = attest.KeyPolicy(attest.ModeApprover, c.PolicyKey, c.PolicyRef); err != nil {
+	auth, err := attest.KeyPolicy(attest.ModeApprover, c.PolicyKey, c.PolicyRef)
+	if err != nil {
 		t.Fatal(err)
 	}
-	c.Keys[0] = attest.KeyRequest{Purpose: attest.PurposeAction, Mode: attest.ModeApprover, Template: attest.KeyTemplate(f.x.ApproverAuth)}
+	f.x.AuthPolicies[attest.ModeApprover] = auth
+	c.Keys[0] = attest.KeyRequest{Purpose: attest.PurposeAction, Mode: attest.ModeApprover, Template: attest.KeyTemplate(auth)}
 	k, err := ecdsa.GenerateKey(elliptic.P256(), rand.Reader)
 	if err != nil {
 		t.Fatal(err)
@@ -65,7 +66,7 @@ func TestK3LocalKeyForApproverMode(t *testing.T) {
 	f.inApproverMode(t)
 	f.dev.ChangeKey = func(purpose string, p *tpm2.TPMTPublic) {
 		if purpose == attest.PurposeAction {
-			p.AuthPolicy.Buffer = f.x.AuthPolicy
+			p.AuthPolicy.Buffer = f.x.AuthPolicies[attest.ModeLocal]
 		}
 	}
 	_, err := attest.Appraise(&f.x, f.evidence(t))
@@ -75,7 +76,7 @@ func TestK3LocalKeyForApproverMode(t *testing.T) {
 func TestK3ApproverModeNotExpected(t *testing.T) {
 	f := newFixture(t)
 	f.inApproverMode(t)
-	f.x.ApproverAuth = nil
+	delete(f.x.AuthPolicies, attest.ModeApprover)
 	_, err := attest.Appraise(&f.x, f.evidence(t))
 	refusedBy(t, "K3", err)
 }
@@ -131,7 +132,7 @@ func TestPoliciesOfModesDiffer(t *testing.T) {
 		t.Error("an approver with another public area was taken")
 	}
 	local, err := attest.KeyPolicy(attest.ModeLocal, c.PolicyKey, c.PolicyRef)
-	if err != nil || bytes.Equal(local, f.x.ApproverAuth) {
+	if err != nil || bytes.Equal(local, f.x.AuthPolicies[attest.ModeApprover]) {
 		t.Errorf("modes have one authPolicy (%v)", err)
 	}
 	if _, err := attest.KeyPolicy("", c.PolicyKey, c.PolicyRef); err == nil {

@@ -6,6 +6,7 @@ import (
 	"encoding/binary"
 	"fmt"
 	"math"
+	"slices"
 
 	"github.com/google/go-tpm/tpm2"
 )
@@ -59,13 +60,10 @@ func EpochPolicyRef(policyRef []byte) []byte {
 
 // EpochKeyPolicy is [KeyPolicy] for keys that work under approvals with an epoch alone.
 func EpochKeyPolicy(mode string, policyKey, policyRef []byte) ([]byte, error) {
-	switch mode {
-	case ModeLocal:
-		return AuthPolicy(policyKey, EpochPolicyRef(policyRef))
-	case ModeApprover:
-		return AuthPolicy(policyKey, EpochPolicyRef(ApproverPolicyRef(policyRef)))
+	if !slices.Contains(Modes, mode) {
+		return KeyPolicy(mode, policyKey, policyRef) // says what would be right
 	}
-	return KeyPolicy(mode, policyKey, policyRef) // says what would be right
+	return AuthPolicy(policyKey, EpochPolicyRef(modeRef(mode, policyRef)))
 }
 
 // epochStep extends a policy digest with TPM2_PolicyNV: the counter is at most

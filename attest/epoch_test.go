@@ -15,11 +15,11 @@ func newEpochFixture(t *testing.T) *fixture {
 	f := newFixture(t)
 	c := f.x.Challenge
 	var err error
-	if f.x.AuthPolicy, err = attest.EpochKeyPolicy(attest.ModeLocal, c.PolicyKey, c.PolicyRef); err != nil {
+	if f.x.AuthPolicies[attest.ModeLocal], err = attest.EpochKeyPolicy(attest.ModeLocal, c.PolicyKey, c.PolicyRef); err != nil {
 		t.Fatal(err)
 	}
 	for i := range c.Keys {
-		c.Keys[i].Template = attest.KeyTemplate(f.x.AuthPolicy)
+		c.Keys[i].Template = attest.KeyTemplate(f.x.AuthPolicies[attest.ModeLocal])
 	}
 	f.approveEpoch(t, "until-5", 5)
 	c.Epoch, f.dev.Epoch, f.x.Epoch = &attest.EpochDemand{AtLeast: 5}, 5, 4

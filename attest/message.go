@@ -9,9 +9,10 @@ import "time"
 
 // Key purposes, as they stand in messages.
 const (
-	PurposeAction = "action"
-	PurposeTLS    = "tls"
-	PurposeCancel = "cancel" // actions too, but cancels alone: beside an action key in approver mode
+	PurposeAction  = "action"
+	PurposeTLS     = "tls"
+	PurposeCancel  = "cancel"  // actions too, but cancels alone: beside an action key in approver mode
+	PurposeReserve = "reserve" // actions too, in a narrower scope, while no approver answers: likewise
 )
 
 // Hello is M1: who asks, from which device.
@@ -52,7 +53,7 @@ type Credential struct {
 type KeyRequest struct {
 	Purpose    string `json:"purpose"`
 	Protection string `json:"protection,omitempty"` // ProtectionHSM, or empty for a key in the TPM
-	Mode       string `json:"mode,omitempty"`       // ModeApprover, or empty: local
+	Mode       string `json:"mode,omitempty"`       // ModeApprover, ModeReserve, or empty: local
 	Vendor     string `json:"vendor,omitempty"`     // of a key in an HSM: the format of the evidence that is asked for
 	Template   []byte `json:"template,omitempty"`   // of a key in the TPM: TPMT_PUBLIC; unique is empty
 }
@@ -85,7 +86,7 @@ type KeyEvidence struct {
 	Public  []byte    `json:"public,omitempty"`  // of a key in the TPM
 	SPKI    []byte    `json:"spki,omitempty"`    // of a key in an HSM: DER SubjectPublicKeyInfo
 	Vendor  []byte    `json:"vendor,omitempty"`  // of a key in an HSM: what its maker says of it
-	CSR     []byte    `json:"csr,omitempty"`     // DER PKCS#10, signed by the key; of a key in approver mode none
+	CSR     []byte    `json:"csr,omitempty"`     // DER PKCS#10, signed by the key; of a key that approvers stand before none
 	Certify *Attested `json:"certify,omitempty"` // of a key in the TPM
 }
 
@@ -118,11 +119,13 @@ type PCRValue struct {
 // ApprovedPolicy is a set of PCR reference values that the policy key approved
 // (TPM2_PolicyAuthorize): the host's keys work while its PCRs have these values.
 // With approvers it is for keys in approver mode, and the TPM demands an
-// authorization of each of them for each signature (TPM2_PolicySigned).
+// authorization of each of them for each signature (TPM2_PolicySigned). With reserve
+// it is for keys in reserve mode, and the TPM demands a consent of the one approver that it names.
 type ApprovedPolicy struct {
 	Name      string     `json:"name"`
 	PCRs      []PCRValue `json:"pcrs"`                // ordered by bank, then index
 	Approvers [][]byte   `json:"approvers,omitempty"` // TPMT_PUBLIC of each
+	Reserve   bool       `json:"reserve,omitzero"`    // see above
 	Epoch     uint64     `json:"epoch,omitzero"`      // it ends when the host's epoch counter is above; 0: it does not
 	Signature []byte     `json:"signature"`           // TPMT_SIGNATURE of the policy key over H(policy digest | policyRef of the mode)
 }

@@ -182,13 +182,21 @@ func SignPolicy(key crypto.Signer, name string, values []PCRValue, ref []byte, a
 	return SignEpochPolicy(key, name, values, ref, 0, approvers...)
 }
 
+// SignReservePolicy is [SignEpochPolicy] for keys in reserve mode, with an approver.
+func SignReservePolicy(key crypto.Signer, name string, values []PCRValue, ref []byte, epoch uint64, approver *ecdsa.PublicKey) (*ApprovedPolicy, error) {
+	return signPolicy(key, &ApprovedPolicy{Name: name, PCRs: slices.Clone(values), Epoch: epoch, Reserve: true}, ref, approver)
+}
+
 // SignEpochPolicy is [SignPolicy] for an approval that ends when a host's epoch
 // counter is above epoch; 0 is without one.
 func SignEpochPolicy(key crypto.Signer, name string, values []PCRValue, ref []byte, epoch uint64, approvers ...*ecdsa.PublicKey) (*ApprovedPolicy, error) {
-	if !validName(name) {
-		return nil, fmt.Errorf("policy name %.80q: 1 to 64 letters, digits, dots, dashes and underscores are expected", name)
+	return signPolicy(key, &ApprovedPolicy{Name: name, PCRs: slices.Clone(values), Epoch: epoch}, ref, approvers...)
+}
+
+func signPolicy(key crypto.Signer, p *ApprovedPolicy, ref []byte, approvers ...*ecdsa.PublicKey) (*ApprovedPolicy, error) {
+	if !validName(p.Name) {
+		return nil, fmt.Errorf("policy name %.80q: 1 to 64 letters, digits, dots, dashes and underscores are expected", p.Name)
 	}
-	p := &ApprovedPolicy{Name: name, PCRs: slices.Clone(values), Epoch: epoch}
 	for _, k := range approvers {
 		area, err := PolicyKeyPublic(k)
 		if err != nil {

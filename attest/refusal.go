@@ -43,7 +43,7 @@ var Checks = []Check{
 	{"A2", "the AK's Name is computed from its public area, never taken from the host"},
 	{"A3", "only the TPM with this EK and this AK could open the secret; it is used once"},
 	{"K1", "the key's certification is a TPM's, signed by the AK, and of the type certify"},
-	{"K2", "the certified key, the key in the message and the key of the certificate request are one, and the request is signed by it; a key in approver mode has no request, since it signs nothing but statements"},
+	{"K2", "the certified key, the key in the message and the key of the certificate request are one, and the request is signed by it; a key in approver or reserve mode has no request, since it signs nothing but statements"},
 	{"K3", "the key was made in this TPM, cannot leave it, signs, is used by no password, and has the expected authPolicy: that of the mode that the inventory asks for"},
 	{"K4", "the certification carries this exchange, this TLS channel and this certificate request"},
 	{"K5", "the certification was signed by the AK in its place in the endorsement hierarchy"},

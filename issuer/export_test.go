@@ -63,3 +63,21 @@ func FullDisk(tb testing.TB, i *Issuer) (end func()) {
 	pragma(1)
 	return func() { pragma(0) }
 }
+
+// Inventory is an inventory's file alone.
+type Inventory struct{ s *store }
+
+// OpenInventory opens or makes one.
+func OpenInventory(ctx context.Context, path string) (*Inventory, error) {
+	s, err := openStore(ctx, path)
+	if err != nil {
+		return nil, err
+	}
+	return &Inventory{s}, nil
+}
+
+// Agents lists its agents.
+func (i *Inventory) Agents(ctx context.Context) ([]*Agent, error) { return i.s.agents(ctx) }
+
+// Close closes it.
+func (i *Inventory) Close() error { return i.s.db.Close() }

@@ -150,7 +150,7 @@ func New(ctx context.Context, dir string, c *Config, key crypto.Signer, log *slo
 	if i.policyKey, err = attest.PolicyKeyPublic(policy); err != nil {
 		return nil, err
 	}
-	for _, mode := range []string{attest.ModeLocal, attest.ModeApprover} {
+	for _, mode := range attest.Modes {
 		if i.auth[mode], err = attest.KeyPolicy(mode, i.policyKey, i.policyRef); err != nil {
 			return nil, err
 		}

@@ -2,6 +2,7 @@ package issuer
 
 import (
 	"bytes"
+	"cmp"
 	"context"
 	"crypto/rand"
 	"crypto/x509"
@@ -213,6 +214,9 @@ func (i *Issuer) challenge(ctx context.Context, d *Device, a *Agent) (*attest.Ch
 	if a.Cancels {
 		c.Keys = append(c.Keys, attest.KeyRequest{Purpose: attest.PurposeCancel, Template: attest.KeyTemplate(auth[attest.ModeLocal])})
 	}
+	if a.Reserve != "" {
+		c.Keys = append(c.Keys, attest.KeyRequest{Purpose: attest.PurposeReserve, Mode: attest.ModeReserve, Template: attest.KeyTemplate(auth[attest.ModeReserve])})
+	}
 	if a.TLSHSM {
 		c.Keys = append(c.Keys, attest.KeyRequest{Purpose: attest.PurposeTLS, Protection: attest.ProtectionHSM})
 	} else if a.TLS || a.Approver { // approvers are reached with it
@@ -241,7 +245,7 @@ func (i *Issuer) finish(ctx context.Context, ev *attest.Evidence, binding []byte
 	}
 	result, err := attest.Appraise(&attest.Expectation{
 		Challenge: x.challenge, Binding: binding, Secret: x.secret, Endorsement: x.endorsement, AK: x.hello.AKPublic, SRK: x.hello.SRKPublic,
-		AuthPolicy: auth[attest.ModeLocal], ApproverAuth: auth[attest.ModeApprover], Clock: x.device.clock, Epoch: x.device.Epoch, Audit: x.device.audit, UnsafeClock: x.device.UnsafeClock, MinFirmware: uint64(x.device.MinFirmware), AppraisalNow: i.now(), VendorRoots: a.vendorRoots(),
+		AuthPolicies: auth, Clock: x.device.clock, Epoch: x.device.Epoch, Audit: x.device.audit, UnsafeClock: x.device.UnsafeClock, MinFirmware: uint64(x.device.MinFirmware), AppraisalNow: i.now(), VendorRoots: a.vendorRoots(),
 	}, ev)
 	if err != nil {
 		return nil, err
@@ -367,20 +371,20 @@ func (i *Issuer) grant(ctx context.Context, a *Agent, x *session, r *attest.Resu
 	g := &attest.Grant{Policies: policies}
 	for _, k := range r.Keys() {
 		o := order{profile: k.Purpose, key: k.PublicKey, agent: a, lifetime: i.config.lifetime}
-		if k.Purpose == attest.PurposeAction || k.Purpose == attest.PurposeCancel {
+		if k.Purpose != attest.PurposeTLS {
 			o.profile, o.scope = profileAction, []byte(a.Scope)
-			if k.Purpose == attest.PurposeCancel {
+			switch k.Purpose {
+			case attest.PurposeCancel:
 				if o.scope, err = cancelScope(a); err != nil {
 					return nil, err
 				}
+			case attest.PurposeReserve:
+				o.scope = []byte(a.Reserve)
 			}
 			o.attestation = &certext.Attestation{
 				Policy: r.Policy(), EvidenceSHA256: fmt.Sprintf("%x", r.EvidenceDigest()), Time: r.Time().UTC().Truncate(time.Second),
-				Protection: certext.ProtectionTPM, Mode: attest.ModeLocal, AKName: hex.EncodeToString(ak), KeyName: hex.EncodeToString(k.Name), AuthPolicy: hex.EncodeToString(k.AuthPolicy),
+				Protection: certext.ProtectionTPM, Mode: cmp.Or(k.Mode, attest.ModeLocal), AKName: hex.EncodeToString(ak), KeyName: hex.EncodeToString(k.Name), AuthPolicy: hex.EncodeToString(k.AuthPolicy),
 				EK: r.Endorsement(), Device: x.device.ID,
-			}
-			if k.Mode == attest.ModeApprover {
-				o.attestation.Mode = attest.ModeApprover
 			}
 			if k.Protection == attest.ProtectionHSM {
 				// The host's TPM vouches for the host alone: that the key is in the

@@ -17,7 +17,7 @@ import (
 	"inkan/scope"
 )
 
-const schemaVersion = 2
+const schemaVersion = 3
 
 // One EK is one device, and one device has one AK (E9): the database holds that.
 const schema = `
@@ -48,6 +48,7 @@ CREATE TABLE agent(
 	hsm     INTEGER NOT NULL,            -- the action key is in an HSM
 	approver INTEGER NOT NULL,           -- the action key is in approver mode
 	cancels INTEGER NOT NULL DEFAULT 0,  -- and there is another one, in local mode, for cancels alone
+	reserve TEXT NOT NULL DEFAULT '',    -- scope of another one, in reserve mode, canonical JSON; empty: there is none
 	vendor  TEXT NOT NULL,               -- format of the evidence that an HSM's maker must give; empty: none
 	vendor_roots TEXT NOT NULL,          -- PEM
 	status  TEXT NOT NULL CHECK (status IN ('active', 'suspended', 'retired')),
@@ -144,6 +145,7 @@ type Agent struct {
 	HSM      bool   `json:"hsm,omitzero"`                     // its action key is in an HSM of the host, not in the TPM
 	Approver bool   `json:"approver,omitzero"`                // its action key is in approver mode, and it has a TLS certificate
 	Cancels  bool   `json:"cancel_without_approver,omitzero"` // with Approver: besides it has a key in local mode that is certified for cancels alone
+	Reserve  string `json:"reserve,omitzero"`                 // with Approver: JSON of the scope that a key in reserve mode is certified for; canonical in output
 	Status   string `json:"status,omitzero"`                  // active, suspended, retired
 
 	Vendor      string `json:"vendor,omitzero"`       // with HSM: the format of the evidence that the HSM's maker must give, or empty
@@ -212,6 +214,10 @@ func openStore(ctx context.Context, path string) (_ *store, err error) {
 			return nil, err
 		}
 	case schemaVersion:
+	case 2: // before agents had a reserve
+		if _, err := db.ExecContext(ctx, fmt.Sprintf("BEGIN IMMEDIATE; ALTER TABLE agent ADD COLUMN reserve TEXT NOT NULL DEFAULT ''; PRAGMA user_version = %d; COMMIT", schemaVersion)); err != nil {
+			return nil, err
+		}
 	default:
 		return nil, fmt.Errorf("it has format %d, this program knows %d", version, schemaVersion)
 	}
@@ -436,6 +442,10 @@ func (s *store) addAgent(ctx context.Context, a Agent, now time.Time) error {
 	if a.HSM && a.Approver {
 		return fmt.Errorf("agent %.80s: %w: a key in an HSM cannot be in approver mode: only a TPM demands authorizations", a.Name, ErrInvalid)
 	}
+	reserve, err := a.validReserve(sc)
+	if err != nil {
+		return fmt.Errorf("agent %.80s: reserve: %w: %w", a.Name, ErrInvalid, err)
+	}
 	tls := 0
 	switch {
 	case a.Cancels && !a.Approver:
@@ -454,7 +464,7 @@ func (s *store) addAgent(ctx context.Context, a Agent, now time.Time) error {
 		return fmt.Errorf("agent name %.80q: %w: %s", a.Name, ErrInvalid, idRule)
 	}
 	return s.inTx(ctx, func(tx *sql.Tx) error {
-		_, err := tx.ExecContext(ctx, "INSERT INTO agent(name, device, scope, tls, hsm, approver, cancels, vendor, vendor_roots, status, created) VALUES(?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?)", a.Name, a.Device, sc.Canonical(), tls, a.HSM, a.Approver, a.Cancels, a.Vendor, a.VendorRoots, Active, now.Unix())
+		_, err := tx.ExecContext(ctx, "INSERT INTO agent(name, device, scope, tls, hsm, approver, cancels, reserve, vendor, vendor_roots, status, created) VALUES(?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?)", a.Name, a.Device, sc.Canonical(), tls, a.HSM, a.Approver, a.Cancels, reserve, a.Vendor, a.VendorRoots, Active, now.Unix())
 		if err := constraint(err, "agent "+a.Name); errors.Is(err, ErrNotFound) {
 			return fmt.Errorf("agent %s: its device %.80q is %w in the inventory", a.Name, a.Device, ErrNotFound)
 		} else if err != nil {
@@ -462,6 +472,28 @@ func (s *store) addAgent(ctx context.Context, a Agent, now time.Time) error {
 		}
 		return event(ctx, tx, Event{Time: now, Kind: "changed", Agent: a.Name, Device: a.Device, Detail: "agent added"})
 	})
+}
+
+// validReserve returns the canonical scope of the agent's reserve: what is
+// consented to in advance is bounded, and inside the agent's scope.
+func (a *Agent) validReserve(outer *scope.Scope) (string, error) {
+	if a.Reserve == "" {
+		return "", nil
+	}
+	if !a.Approver {
+		return "", errors.New("it stands beside a key in approver mode")
+	}
+	inner, err := scope.Parse([]byte(a.Reserve))
+	if err != nil {
+		return "", err
+	}
+	if err := scope.Contains(outer, inner); err != nil {
+		return "", fmt.Errorf("its scope is wider than the agent's: %w", err)
+	}
+	if !inner.BoundsOverTime() {
+		return "", errors.New("its scope has no limit over time: max_notional_per_window or max_orders_per_window is expected")
+	}
+	return string(inner.Canonical()), nil
 }
 
 // validVendor: a vendor's evidence needs its roots, and an HSM.
@@ -497,7 +529,7 @@ func scanAgent(row interface{ Scan(...any) error }) (*Agent, error) {
 	var a Agent
 	var sc []byte
 	var tls int
-	err := row.Scan(&a.Name, &a.Device, &sc, &tls, &a.HSM, &a.Approver, &a.Cancels, &a.Vendor, &a.VendorRoots, &a.Status)
+	err := row.Scan(&a.Name, &a.Device, &sc, &tls, &a.HSM, &a.Approver, &a.Cancels, &a.Reserve, &a.Vendor, &a.VendorRoots, &a.Status)
 	a.Scope, a.TLS, a.TLSHSM = string(sc), tls == 1, tls == 2
 	return &a, err
 }
@@ -527,7 +559,7 @@ func (a *Agent) changed() error {
 }
 
 func agentIn(ctx context.Context, q queryer, name string) (*Agent, error) {
-	a, err := scanAgent(q.QueryRowContext(ctx, "SELECT name, device, scope, tls, hsm, approver, cancels, vendor, vendor_roots, status FROM agent WHERE name = ?", name))
+	a, err := scanAgent(q.QueryRowContext(ctx, "SELECT name, device, scope, tls, hsm, approver, cancels, reserve, vendor, vendor_roots, status FROM agent WHERE name = ?", name))
 	if errors.Is(err, sql.ErrNoRows) {
 		return nil, fmt.Errorf("agent %.80q: %w", name, ErrNotFound)
 	}
@@ -535,7 +567,7 @@ func agentIn(ctx context.Context, q queryer, name string) (*Agent, error) {
 }
 
 func (s *store) agents(ctx context.Context) ([]*Agent, error) {
-	return list(ctx, s.db, func(r *sql.Rows) (*Agent, error) { return scanAgent(r) }, "SELECT name, device, scope, tls, hsm, approver, cancels, vendor, vendor_roots, status FROM agent ORDER BY name")
+	return list(ctx, s.db, func(r *sql.Rows) (*Agent, error) { return scanAgent(r) }, "SELECT name, device, scope, tls, hsm, approver, cancels, reserve, vendor, vendor_roots, status FROM agent ORDER BY name")
 }
 
 // setStatus suspends, resumes or retires an agent. Whatever is not active has

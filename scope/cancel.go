@@ -14,5 +14,11 @@ func (s *Scope) CancelsOnly() (*Scope, error) {
 	return Parse(b)
 }
 
+// BoundsOverTime says whether the scope limits how much, or how many orders,
+// may be sent in a window.
+func (s *Scope) BoundsOverTime() bool {
+	return len(s.doc.NotionalWindows) > 0 || len(s.doc.OrderWindows) > 0
+}
+
 // IsCancel says whether the action is a cancel, which only reduces risk (rule G7).
 func (a *Action) IsCancel() bool { return a.Kind.reducesRisk() }

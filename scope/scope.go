@@ -181,6 +181,9 @@ func ParseCanonical(b []byte) (*Scope, error) {
 	return s, nil
 }
 
+// Venues returns the venues that may be traded at; empty: they are not limited.
+func (s *Scope) Venues() []string { return slices.Clone(s.doc.Venues) }
+
 // Canonical returns the scope's one spelling: RFC 8785 JSON with sorted lists.
 // Callers must not change it.
 func (s *Scope) Canonical() []byte { return s.canonical }

@@ -43,6 +43,8 @@ type Agent struct {
 	current   atomic.Pointer[credential]
 	cancels   *CancelCredentials         // nil: cancels are signed as all else is
 	cancel    atomic.Pointer[credential] // of them; nil: there is none
+	reserves  *ReserveCredentials        // nil: there is no reserve
+	reserve   atomic.Pointer[credential] // of it; nil: there is none
 	sealing   sync.Mutex                 // one checkpoint at a time
 	every     time.Duration              // between checkpoints
 	now       func() time.Time
@@ -129,6 +131,11 @@ func (a *Agent) SetChain(ctx context.Context, chain []*x509.Certificate) error {
 	return nil
 }
 
+// setOtherChains takes the certificates of the keys beside the action key.
+func (a *Agent) setOtherChains(ctx context.Context) error {
+	return errors.Join(a.setCancelChain(ctx), a.setReserveChain(ctx))
+}
+
 // setCancelChain takes the certificate of the key for cancels. One that allows
 // anything else is refused: that key needs no approver.
 func (a *Agent) setCancelChain(ctx context.Context) error {
@@ -186,6 +193,8 @@ func (a *Agent) Act(ctx context.Context, body []byte, run *scope.Run, authorizat
 
 	if c := a.cancel.Load(); c != nil && action.IsCancel() {
 		cred = c // its own key, which no approver stands before
+	} else if c := a.reserve.Load(); c != nil && a.onReserve() {
+		cred = c // no approver answers
 	}
 
 	// 3. Check the scope that the certificate has.
@@ -224,6 +233,9 @@ func (a *Agent) Act(ctx context.Context, body []byte, run *scope.Run, authorizat
 		return nil, err
 	}
 	a.metrics.signed.Inc()
+	if cred.action.Attestation.Mode == certext.ModeReserve {
+		a.metrics.reserveSigned.Inc()
+	}
 	return &Signed{receipt.ID(), receipt.Counter(), compact}, nil
 }
 
@@ -259,7 +271,11 @@ func (a *Agent) sign(ctx context.Context, cred *credential, receipt *audit.Recei
 	}
 	if errors.Is(err, client.ErrUnreachable) {
 		a.logger.Error("no approver gave an authorization", "agent", a.name, "counter", receipt.Counter(), "error", err)
-		return "", &scope.Refusal{Rule: RuleNoApprover, Message: "recorded, but not signed: no approver gave an authorization; the signer's log says why. Send the same action again", Cause: err}
+		message := "recorded, but not signed: no approver gave an authorization; the signer's log says why. Send the same action again"
+		if a.reserve.Load() != nil && a.onReserve() {
+			message += ", or with a new id: then the reserve's key signs it, if it is in the reserve's scope"
+		}
+		return "", &scope.Refusal{Rule: RuleNoApprover, Message: message, Cause: err}
 	}
 	if err != nil {
 		a.logger.Error("the device did not sign", "agent", a.name, "error", err)

@@ -120,6 +120,8 @@ type AgentConfig struct {
 
 	// Of an agent in approver mode: cancels are signed with a key of their own, without an approver.
 	Cancels bool `json:"cancel_without_approver,omitzero"`
+	// Likewise: while no approver answers, actions are signed with the reserve's key.
+	Reserve bool `json:"reserve,omitzero"`
 
 	lifetime, checkpoints, bindEvery time.Duration
 }
@@ -253,8 +255,8 @@ func (c *Config) validate(dir string) error {
 		if err := a.validate(below); err != nil {
 			return fmt.Errorf("agent %.80q: %w", a.Name, err)
 		}
-		if c.TPM == "" && (a.Key == "" || a.TLSKey != "" || a.Cancels || strings.Contains(a.Key, "pin-source=sealed:")) {
-			return fmt.Errorf("agent %s: without a tpm the action key is in an HSM (key), there is no tls_key and no cancel_without_approver, and the PIN is not sealed", a.Name)
+		if c.TPM == "" && (a.Key == "" || a.TLSKey != "" || a.Cancels || a.Reserve || strings.Contains(a.Key, "pin-source=sealed:")) {
+			return fmt.Errorf("agent %s: without a tpm the action key is in an HSM (key), there is no tls_key, no cancel_without_approver and no reserve, and the PIN is not sealed", a.Name)
 		}
 		for _, x := range a.Callers {
 			if x.SPIFFEID != "" && (c.Remote == nil || !x.id.MemberOf(c.Remote.domain)) {

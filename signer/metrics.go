@@ -20,6 +20,8 @@ type metrics struct {
 	renewals *prometheus.CounterVec
 
 	checkpointAt *prometheus.GaugeVec
+	reserveUntil *prometheus.GaugeVec
+	reserved     *prometheus.CounterVec
 	killList     prometheus.Gauge
 }
 
@@ -30,6 +32,9 @@ type agentMetrics struct {
 	device   prometheus.Observer
 	approver prometheus.Observer
 	notAfter prometheus.Gauge
+
+	reserveUntil  prometheus.Gauge
+	reserveSigned prometheus.Counter
 }
 
 func newMetrics() *metrics {
@@ -47,13 +52,15 @@ func newMetrics() *metrics {
 		renewals: prometheus.NewCounterVec(prometheus.CounterOpts{Name: "inkan_signer_renewals_total", Help: "renewals of certificates, by outcome"}, []string{"agent", "outcome"}),
 	}
 	m.checkpointAt = prometheus.NewGaugeVec(prometheus.GaugeOpts{Name: "inkan_signer_checkpoint_seconds", Help: "when the head of the agent's record was last signed, in seconds since 1970"}, agent)
+	m.reserveUntil = prometheus.NewGaugeVec(prometheus.GaugeOpts{Name: "inkan_signer_reserve_until_seconds", Help: "end of the consent to the agent's reserve, in seconds since 1970; 0: there is none"}, agent)
+	m.reserved = prometheus.NewCounterVec(prometheus.CounterOpts{Name: "inkan_signer_reserve_signed_total", Help: "actions that were signed with the reserve's key, while no approver answered"}, agent)
 	m.killList = prometheus.NewGauge(prometheus.GaugeOpts{Name: "inkan_signer_kill_list_seconds", Help: "when the issuer's kill list was last seen, in seconds since 1970"})
-	m.registry.MustRegister(m.killList, m.checkpointAt, m.signed, m.refused, m.device, m.approver, m.action, m.notAfter, m.callers, m.renewals)
+	m.registry.MustRegister(m.reserveUntil, m.reserved, m.killList, m.checkpointAt, m.signed, m.refused, m.device, m.approver, m.action, m.notAfter, m.callers, m.renewals)
 	return m
 }
 
 func (m *metrics) agent(name string) *agentMetrics {
-	return &agentMetrics{m.signed.WithLabelValues(name), m.refused, m.device.WithLabelValues(name), m.approver.WithLabelValues(name), m.notAfter.WithLabelValues(name)}
+	return &agentMetrics{m.signed.WithLabelValues(name), m.refused, m.device.WithLabelValues(name), m.approver.WithLabelValues(name), m.notAfter.WithLabelValues(name), m.reserveUntil.WithLabelValues(name), m.reserved.WithLabelValues(name)}
 }
 
 func (m *metrics) handler() http.Handler {

@@ -53,6 +53,7 @@ func (s *Signer) Serve(ctx context.Context, ready func()) error {
 		wg.Go(func() { s.watchControls(renewals) })
 		wg.Go(func() { s.watchClock(renewals) })
 		wg.Go(func() { s.watchKills(renewals) })
+		wg.Go(func() { s.keepReserves(renewals) })
 		wg.Wait()
 	}()
 

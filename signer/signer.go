@@ -36,6 +36,8 @@ type Credentials struct {
 	// Cancel is another key, with its certificate, that signs cancels alone, so that
 	// they need no approver; nil: there is none. Chain is called after each renewal.
 	Cancel *CancelCredentials
+	// Reserve is one more key, which signs while no approver answers; nil: there is none.
+	Reserve *ReserveCredentials
 	// Testify has the device say what it signed, for its journal of signatures; nil: it cannot.
 	Testify func() error
 	Anchor  audit.Anchor // what the record is bound to; nil: an older record in its place is not found out
@@ -100,7 +102,7 @@ func Open(ctx context.Context, c *Config, credentials map[string]Credentials, re
 		if err := os.MkdirAll(dir, 0o700); err != nil {
 			return nil, err
 		}
-		a := &Agent{name: ac.Name, key: cred.Key, approvers: cred.Approvers, lifetime: ac.lifetime, every: ac.checkpoints, busy: make(chan struct{}, ac.MaxConcurrent), metrics: s.metrics.agent(ac.Name), logger: log, device: cred.Device, testify: cred.Testify, policy: ac.Policy, cancels: cred.Cancel}
+		a := &Agent{name: ac.Name, key: cred.Key, approvers: cred.Approvers, lifetime: ac.lifetime, every: ac.checkpoints, busy: make(chan struct{}, ac.MaxConcurrent), metrics: s.metrics.agent(ac.Name), logger: log, device: cred.Device, testify: cred.Testify, policy: ac.Policy, cancels: cred.Cancel, reserves: cred.Reserve}
 		if a.prices, err = openPrices(ac.ReferencePrices, ac.ReferenceKey); err != nil {
 			return nil, fmt.Errorf("agent %s: %w", ac.Name, err)
 		}
@@ -115,7 +117,7 @@ func Open(ctx context.Context, c *Config, credentials map[string]Credentials, re
 		}
 		s.agents[ac.Name] = a
 		if len(cred.Chain) > 0 {
-			if err := errors.Join(a.SetChain(ctx, cred.Chain), a.setCancelChain(ctx)); err != nil {
+			if err := errors.Join(a.SetChain(ctx, cred.Chain), a.setOtherChains(ctx)); err != nil {
 				return nil, err
 			}
 		}
@@ -165,7 +167,7 @@ func (s *Signer) renew(ctx context.Context, a *Agent) {
 		}
 		chain, again, err := s.renewer.Renew(ctx, a.name)
 		if err == nil {
-			err = errors.Join(a.SetChain(ctx, chain), a.setCancelChain(ctx))
+			err = errors.Join(a.SetChain(ctx, chain), a.setOtherChains(ctx))
 		}
 		if err != nil {
 			if ctx.Err() != nil {

@@ -49,7 +49,15 @@ type AgentStatus struct {
 	Rollback audit.Anchoring `json:"rollback"`
 	Error    string          `json:"error,omitzero"` // why it signs nothing now
 
+	Reserve *ReserveStatus `json:"reserve,omitzero"` // nil: there is none
+
 	PolicyError string `json:"policy_error,omitzero"` // why the policy file was not taken over
+}
+
+// ReserveStatus is what operators see of an agent's reserve.
+type ReserveStatus struct {
+	Until time.Time `json:"until,omitzero"`  // end of the consent; absent: there is none
+	InUse bool      `json:"in_use,omitzero"` // no approver answers: actions are signed with the reserve's key
 }
 
 // info is what the agent itself may see.
@@ -98,6 +106,9 @@ func (s *Signer) status(ctx context.Context) *Status {
 		}
 		if e := a.policyError.Load(); e != nil && *e != nil {
 			x.PolicyError = (*e).Error()
+		}
+		if a.reserve.Load() != nil {
+			x.Reserve = &ReserveStatus{Until: a.reserves.Until().UTC(), InUse: a.onReserve()}
 		}
 		if a.device != nil {
 			d := a.device()

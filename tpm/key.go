@@ -36,8 +36,9 @@ type Key struct {
 	public *ecdsa.PublicKey
 	use    atomic.Pointer[use]
 
-	resident        // owned by device.mu
-	last     string // name of the policy that was right last time
+	resident          // owned by device.mu
+	last     string   // name of the policy that was right last time
+	consent  *consent // of a key in reserve mode; nil: there was none
 }
 
 // resident is something that may be loaded in the TPM.
@@ -49,9 +50,9 @@ type resident struct {
 // use is what a key works under, and what is derived from that once.
 type use struct {
 	policies   *Policies               // nil: the key has no authPolicy
-	approver   bool                    // the key is in approver mode
+	mode       string                  // the key's
 	local      []attest.ApprovedPolicy // those for keys in local mode
-	candidates []candidate             // those for keys in approver mode
+	candidates []candidate             // those for keys of the other modes, with their approvers
 }
 
 // CreateKey makes a key from a TPMT_PUBLIC below the storage root key and
@@ -135,7 +136,7 @@ func (k *Key) SetPolicies(p *Policies) { k.use.Store(newUse(p, k.area)) }
 // newUse sorts what the policy key approved by the kinds of keys. The key's own
 // kind is in its authPolicy.
 func newUse(p *Policies, area []byte) *use {
-	u := &use{policies: p}
+	u := &use{policies: p, mode: attest.ModeLocal}
 	if p == nil {
 		return u
 	}
@@ -145,14 +146,17 @@ func newUse(p *Policies, area []byte) *use {
 		if with {
 			policy = attest.EpochKeyPolicy
 		}
-		for _, mode := range []string{attest.ModeLocal, attest.ModeApprover} {
+		for _, mode := range attest.Modes {
 			if auth, err := policy(mode, p.PolicyKey, p.Ref); err == nil && attest.HasTemplate(area, attest.KeyTemplate(auth)) {
-				u.approver, epochs = mode == attest.ModeApprover, with
+				u.mode, epochs = mode, with
 			}
 		}
 	}
 	u.local = attest.UsableWith(p.Approved, attest.ModeLocal, epochs, 0)
-	for _, a := range attest.UsableWith(p.Approved, attest.ModeApprover, epochs, 0) {
+	if u.mode == attest.ModeLocal {
+		return u
+	}
+	for _, a := range attest.UsableWith(p.Approved, u.mode, epochs, 0) {
 		c := candidate{policy: &a}
 		var err error
 		if c.ids, err = a.ApproverIDs(); err != nil {
@@ -170,13 +174,8 @@ func newUse(p *Policies, area []byte) *use {
 	return u
 }
 
-// Mode is the key's mode, attest.ModeLocal or attest.ModeApprover; it was fixed at its creation.
-func (k *Key) Mode() string {
-	if k.use.Load().approver {
-		return attest.ModeApprover
-	}
-	return attest.ModeLocal
-}
+// Mode is the key's mode, one of attest.Modes; it was fixed at its creation.
+func (k *Key) Mode() string { return k.use.Load().mode }
 
 // Public returns the *ecdsa.PublicKey.
 func (k *Key) Public() crypto.PublicKey { return k.public }
@@ -243,7 +242,8 @@ func (k *Key) SignMessage(_ io.Reader, message []byte, opts crypto.SignerOpts) (
 // Sign signs a SHA-256 digest and returns the signature in ASN.1 DER. It
 // fails with a *PCRError when the host is not in an approved state, with an
 // *EpochError when the approvals of its state have ended. For a key
-// in approver mode opts must be an [Authorizer].
+// in approver mode opts must be an [Authorizer]; one in reserve mode fails with
+// [ErrNoConsent] when no consent is in force.
 func (k *Key) Sign(_ io.Reader, digest []byte, opts crypto.SignerOpts) ([]byte, error) {
 	return k.signDigest(digest, nil, opts)
 }
@@ -257,13 +257,19 @@ func (k *Key) signDigest(digest, message []byte, opts crypto.SignerOpts) ([]byte
 	}
 	var sig *tpm2.TPMSSignatureECC
 	var err error
-	if k.use.Load().approver {
+	switch k.Mode() {
+	case attest.ModeApprover:
 		a, ok := opts.(Authorizer)
 		if !ok {
 			return nil, fmt.Errorf("signing: the key is in approver mode: %w", ErrNotAuthorized)
 		}
 		sig, err = k.signApproved(digest, message, a)
-	} else {
+	case attest.ModeReserve:
+		err = k.device.do("signing", func() (err error) {
+			sig, err = k.signReserved(digest, message)
+			return err
+		})
+	default:
 		err = k.device.do("signing", func() (err error) {
 			sig, err = k.sign(digest, message)
 			return err

@@ -391,7 +391,7 @@ func enrol(t *testing.T, h *host, ek tpm.EK, roots *x509.CertPool, intermediates
 	qq := must(attest.QuoteQualifyingData(c.Session, c.Nonce, binding, ev.Keys))(t)
 	ev.Quote = must(h.dev.Quote(selection, qq[:]))(t)
 	policy := must(attest.AuthPolicy(h.policies.PolicyKey, h.policies.Ref))(t)
-	r, err := attest.Appraise(&attest.Expectation{Challenge: c, Binding: binding, Secret: secret, Endorsement: e, SRK: srk, AK: ak, AuthPolicy: policy, AppraisalNow: time.Now()}, ev)
+	r, err := attest.Appraise(&attest.Expectation{Challenge: c, Binding: binding, Secret: secret, Endorsement: e, SRK: srk, AK: ak, AuthPolicies: map[string][]byte{attest.ModeLocal: policy}, AppraisalNow: time.Now()}, ev)
 	if err != nil {
 		t.Fatal(err)
 	}

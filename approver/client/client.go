@@ -64,6 +64,7 @@ type Group struct {
 	hedge   time.Duration
 	timeout time.Duration
 	needed  atomic.Int32 // how many authorizations the last signature took: so many are asked at once
+	down    atomic.Bool  // the last time no approver answered
 }
 
 type member struct {
@@ -105,6 +106,81 @@ type answer struct {
 // is of no use; then the next one is asked. The error is a *[Refused] if an approver refused, or
 // else [ErrUnreachable] with what went wrong.
 func (g *Group) Authorize(ctx context.Context, p *Proposal, accept func(approver string, expiration int32, signature []byte) (enough bool, err error)) error {
+	err := g.authorize(ctx, p, accept)
+	g.answered(ctx, err)
+	return err
+}
+
+// answered remembers whether approvers answer. Who gave up before they could says nothing of them.
+func (g *Group) answered(ctx context.Context, err error) {
+	switch {
+	case err == nil, isRefused(err):
+		g.down.Store(false)
+	case errors.Is(err, ErrUnreachable) && ctx.Err() == nil:
+		g.down.Store(true)
+	}
+}
+
+func isRefused(err error) bool {
+	_, ok := errors.AsType[*Refused](err)
+	return ok
+}
+
+// Down says whether no approver answered when one was asked last.
+func (g *Group) Down() bool { return g.down.Load() }
+
+// Probe asks whether an approver answers again.
+func (g *Group) Probe(ctx context.Context) error {
+	ctx, cancel := context.WithTimeout(ctx, g.timeout)
+	defer cancel()
+	var errs []error
+	for _, m := range g.members {
+		err := m.get(ctx, "/v1/approver")
+		if err == nil || isRefused(err) {
+			g.down.Store(false)
+			return nil
+		}
+		errs = append(errs, fmt.Errorf("approver %s: %w", m.url, err))
+	}
+	return fmt.Errorf("%w: %w", ErrUnreachable, errors.Join(errs...))
+}
+
+// Consent asks the approvers in their order for a consent to what the key of a
+// certificate, in reserve mode, signs, and hands it to accept, as Authorize does.
+func (g *Group) Consent(ctx context.Context, chain []*x509.Certificate, nonce []byte, accept func(approver string, expiration int32, signature []byte) (enough bool, err error)) error {
+	err := g.consent(ctx, chain, nonce, accept)
+	g.answered(ctx, err)
+	return err
+}
+
+func (g *Group) consent(ctx context.Context, chain []*x509.Certificate, nonce []byte, accept func(approver string, expiration int32, signature []byte) (enough bool, err error)) error {
+	r := &request{Nonce: nonce}
+	for _, c := range chain {
+		r.Chain = append(r.Chain, c.Raw)
+	}
+	var refused *Refused
+	var errs []error
+	for _, m := range g.members {
+		a := new(answer)
+		err := m.postFor(ctx, g.timeout, "/v1/consents", r, a)
+		if err == nil {
+			var enough bool
+			if enough, err = accept(a.Approver, a.Expiration, a.Signature); enough && err == nil {
+				return nil
+			}
+		}
+		if x, ok := errors.AsType[*Refused](err); ok && refused == nil {
+			refused = x
+		}
+		errs = append(errs, fmt.Errorf("approver %s: %w", m.url, err))
+	}
+	if refused != nil {
+		return refused
+	}
+	return fmt.Errorf("%w: %w", ErrUnreachable, errors.Join(errs...))
+}
+
+func (g *Group) authorize(ctx context.Context, p *Proposal, accept func(approver string, expiration int32, signature []byte) (enough bool, err error)) error {
 	ctx, cancel := context.WithTimeout(ctx, g.timeout)
 	defer cancel()
 	type outcome struct {
@@ -257,6 +333,13 @@ func (m *member) has(n uint64) {
 	}
 }
 
+// postFor is post within a time.
+func (m *member) postFor(ctx context.Context, d time.Duration, path string, in *request, out any) error {
+	ctx, cancel := context.WithTimeout(ctx, d)
+	defer cancel()
+	return m.post(ctx, path, in, out)
+}
+
 func (m *member) post(ctx context.Context, path string, in *request, out any) error {
 	b, err := strictjson.Marshal(in)
 	if err != nil {
@@ -267,12 +350,28 @@ func (m *member) post(ctx context.Context, path string, in *request, out any) er
 		return err
 	}
 	req.Header.Set("Content-Type", "application/json")
+	return m.do(req, out)
+}
+
+func (m *member) get(ctx context.Context, path string) error {
+	req, err := http.NewRequestWithContext(ctx, http.MethodGet, m.url+path, nil)
+	if err != nil {
+		return err
+	}
+	return m.do(req, &struct {
+		Approver    string `json:"approver"`
+		TrustDomain string `json:"trust_domain"`
+	}{})
+}
+
+func (m *member) do(req *http.Request, out any) error {
 	res, err := m.http.Do(req)
 	if err != nil {
 		return err
 	}
 	defer res.Body.Close()
-	if b, err = io.ReadAll(io.LimitReader(res.Body, maxAnswer+1)); err != nil {
+	b, err := io.ReadAll(io.LimitReader(res.Body, maxAnswer+1))
+	if err != nil {
 		return err
 	}
 	if res.StatusCode == http.StatusOK {

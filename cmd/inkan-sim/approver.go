@@ -2,6 +2,8 @@ package main
 
 import (
 	"context"
+	"fmt"
+	"os"
 	"path/filepath"
 	"slices"
 	"strings"
@@ -9,7 +11,15 @@ import (
 
 // startApprover makes an approver and starts it.
 func (w *world) startApprover(ctx context.Context) error {
-	args := []string{"approver", "init", "--dir", w.path("approver"), "--trust-domain", "example.org", "--ca", w.path("issuer", "ca.pem"), "--crl-url", "http://" + w.addresses.Public + "/crl", "--listen", "127.0.0.1:0"}
+	listen := "127.0.0.1:0"
+	if w.reserve != "" { // it comes back at the same address
+		ports, err := freePorts(1)
+		if err != nil {
+			return err
+		}
+		listen = ports[0]
+	}
+	args := []string{"approver", "init", "--dir", w.path("approver"), "--trust-domain", "example.org", "--ca", w.path("issuer", "ca.pem"), "--crl-url", "http://" + w.addresses.Public + "/crl", "--listen", listen}
 	agents := w.agents
 	if w.bot != nil {
 		agents = append(slices.Clone(agents), w.bot.name)
@@ -22,10 +32,33 @@ func (w *world) startApprover(ctx context.Context) error {
 		return err
 	}
 	w.say("   %s", strings.ReplaceAll(strings.TrimSpace(w.short(out)), "\n", "\n   "))
+	if w.reserve != "" {
+		if err := w.offerReserve(); err != nil {
+			return err
+		}
+	}
+	at, err := w.serveApprover()
+	w.approverAt = append(w.approverAt, at)
+	return err
+}
+
+func (w *world) serveApprover() (at string, err error) {
 	var ready struct{ Signers string }
-	if err := w.startDaemon("approver", &ready, "approver", "serve", "--config", filepath.Join(w.path("approver"), "approver.yaml")); err != nil {
+	err = w.startDaemon("approver", &ready, "approver", "serve", "--config", filepath.Join(w.path("approver"), "approver.yaml"))
+	return ready.Signers, err
+}
+
+// offerReserve has the approver consent to the first agent's reserve.
+func (w *world) offerReserve() error {
+	if err := w.write("reserve.yaml", w.reserve); err != nil {
 		return err
 	}
-	w.approverAt = append(w.approverAt, ready.Signers)
-	return nil
+	file := w.path("approver", "approver.yaml")
+	b, err := os.ReadFile(file)
+	if err != nil {
+		return err
+	}
+	name := fmt.Sprintf(`"name":%q`, w.agents[0])
+	text := strings.Replace(string(b), name, fmt.Sprintf(`%s,"reserve":{"scope":%q,"for":%q}`, name, w.path("reserve.yaml"), reserveFor), 1)
+	return os.WriteFile(file, []byte(text), 0o644)
 }

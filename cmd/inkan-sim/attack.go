@@ -27,6 +27,7 @@ var families = []family{
 	{"books", "root signs with the agent's key in local mode, and the issuer at the renewal, or an auditor, looks afterwards", attackBooks},
 	{"rollback", "somebody who has the signer's files", attackRollback},
 	{"root", "root on the host of an agent in approver mode, against the TPM and the approver", attackRoot},
+	{"reserve", "no approver answers: the agent, and root on its host, want more than the reserve gives", attackReserve},
 }
 
 func familyNames() string {

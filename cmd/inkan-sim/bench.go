@@ -551,7 +551,7 @@ func (b *bench) appraise(context.Context) error {
 		return err
 	}
 	x := &attest.Expectation{Challenge: &attest.Challenge{Session: make([]byte, 16), Nonce: make([]byte, 32), PCRs: sel, PolicyKey: area, Policies: []attest.ApprovedPolicy{*approved},
-		Keys: []attest.KeyRequest{{Purpose: attest.PurposeAction, Template: attest.KeyTemplate(auth)}}}, Binding: make([]byte, 32), Endorsement: e, SRK: d.Hello.SRKPublic, AK: d.Hello.AKPublic, AuthPolicy: auth, AppraisalNow: time.Now()}
+		Keys: []attest.KeyRequest{{Purpose: attest.PurposeAction, Template: attest.KeyTemplate(auth)}}}, Binding: make([]byte, 32), Endorsement: e, SRK: d.Hello.SRKPublic, AK: d.Hello.AKPublic, AuthPolicies: map[string][]byte{attest.ModeLocal: auth}, AppraisalNow: time.Now()}
 	ev, err := d.Evidence(x.Challenge, x.Binding)
 	if err != nil {
 		return err

@@ -55,9 +55,10 @@ func (w *world) newRoot() (*root, error) {
 		return nil, fmt.Errorf("policies: %w", err)
 	}
 	for _, p := range r.policies.Approved {
-		if p.Mode() == attest.ModeApprover {
+		switch p.Mode() {
+		case attest.ModeApprover:
 			r.approved = p
-		} else {
+		case attest.ModeLocal:
 			r.local = p
 		}
 	}
@@ -254,11 +255,15 @@ func (r *root) sign(k *tpm2.NamedHandle, digest [32]byte, auth tpm2.Session) err
 
 // ask sends a request to the approver, as the agent's host may.
 func (r *root) ask(request map[string]any) (*attest.Authorization, error) {
+	return r.askAt("/v1/authorizations", request)
+}
+
+func (r *root) askAt(path string, request map[string]any) (*attest.Authorization, error) {
 	b, err := json.Marshal(request)
 	if err != nil {
 		return nil, err
 	}
-	res, err := r.http.Post("https://"+r.w.approverAt[0]+"/v1/authorizations", "application/json", bytes.NewReader(b))
+	res, err := r.http.Post("https://"+r.w.approverAt[0]+path, "application/json", bytes.NewReader(b))
 	if err != nil {
 		return nil, err
 	}

@@ -16,6 +16,9 @@ func (w *world) keyFlags() []string {
 		return []string{"--hsm"}
 	}
 	if w.withApprover {
+		if w.reserve != "" {
+			return []string{"--approver", "--reserve", w.path("reserve.yaml")}
+		}
 		if w.bindAtOnce {
 			return []string{"--approver", "--cancel-without-approver"}
 		}
@@ -29,6 +32,9 @@ func (w *world) keyFlags() []string {
 
 // keyLine says so to the signer.
 func (w *world) keyLine() string {
+	if w.reserve != "" {
+		return "    reserve: true\n"
+	}
 	if w.bindAtOnce {
 		return "    cancel_without_approver: true\n    rollback_interval: 0s\n"
 	}

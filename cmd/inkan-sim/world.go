@@ -42,6 +42,7 @@ type world struct {
 	caller        string // executable of the agent; empty: the inkan command
 	withoutEpochs bool   // with an approver, and approvals without an epoch
 
+	reserve      string // with an approver: scope of the reserve, YAML; empty: there is none
 	withApprover bool   // agents' keys are in approver mode, under approvals with an epoch
 	approverDir  string // of the approver whose TLS certificate the signer knows
 	epoch        uint64 // of the host
@@ -195,6 +196,11 @@ func (w *world) inventory(ctx context.Context) error {
 	if w.withApprover {
 		if err := w.approve(ctx, "with-approver", "--approver", w.path("approver", "approver.pub.pem")); err != nil {
 			return err
+		}
+		if w.reserve != "" {
+			if err := w.approve(ctx, "reserve", "--reserve", "--approver", w.path("approver", "approver.pub.pem")); err != nil {
+				return err
+			}
 		}
 		if w.epoch > 0 {
 			if err := w.demandEpoch(ctx); err != nil {

@@ -89,7 +89,8 @@ func issuerCommand(e *env) *cli.Command {
 					str("scope", "YAML or JSON `FILE`"), &cli.BoolFlag{Name: "tls", Usage: "certify a TLS key too, in the TPM"}, &cli.BoolFlag{Name: "tls-hsm", Usage: "certify a TLS key too, in an HSM of the host"}, &cli.BoolFlag{Name: "hsm", Usage: "the action key is in an HSM of the host"},
 					str("hsm-vendor", "with --hsm: the HSM's maker must vouch for the key, in this `FORMAT`: yubihsm2 or pkix"), str("hsm-root", "PEM `FILE` with the roots of the maker's evidence"),
 					&cli.BoolFlag{Name: "approver", Usage: "the action key is in approver mode: the TPM demands an approver's authorization of each signature"},
-					&cli.BoolFlag{Name: "cancel-without-approver", Usage: "with --approver: certify another key, in local mode, for cancels alone"})...),
+					&cli.BoolFlag{Name: "cancel-without-approver", Usage: "with --approver: certify another key, in local mode, for cancels alone"},
+					str("reserve", "with --approver: certify another key for this scope, which signs while no approver answers if one has consented not long before: YAML or JSON `FILE`"))...),
 				sub("list", "list the agents", agentList, adminFlags()...),
 				agentStatus("suspend", "revoke an agent's certificates until it is resumed", issuer.Suspended),
 				agentStatus("resume", "let a suspended agent renew again", issuer.Active),
@@ -100,6 +101,7 @@ func issuerCommand(e *env) *cli.Command {
 					str("pcrs", "JSON `FILE` from inkan tpm pcrs --json"), &cli.StringFlag{Name: "device", Value: "*", Usage: "`NAME` of the device; * is for all"}, str("policy-key", "key `URI`, if not the one of --dir"),
 					&cli.Uint64Flag{Name: "epoch", Usage: "the approval ends when the device's epoch counter is above `NUMBER`; for one device"},
 					&cli.StringSliceFlag{Name: "approver", Usage: "PEM `FILE` with an approver's public key: the approval is for keys in approver mode; given more than once, all must authorize"},
+					&cli.BoolFlag{Name: "reserve", Usage: "the approval is for keys in reserve mode, which need a consent of the approver; of several, each gets one, NAME.1 and so on"},
 					&cli.IntFlag{Name: "of", Usage: "`NUMBER` of the approvers that must authorize, in place of all: an approval is made for each group of so many, NAME.1 and so on"})...),
 				sub("list", "list the approved policies", policyList, adminFlags()...),
 				sub("retire", "take a policy out of force for enrolments and renewals", func(_ *env, c *cli.Context) error {
@@ -461,6 +463,13 @@ func agentAdd(e *env, c *cli.Context) error {
 			return err
 		}
 		a := issuer.Agent{Name: name, Device: device, Scope: string(s.Canonical()), TLS: c.Bool("tls"), TLSHSM: c.Bool("tls-hsm"), HSM: c.Bool("hsm"), Approver: c.Bool("approver"), Cancels: c.Bool("cancel-without-approver"), Vendor: c.String("hsm-vendor")}
+		var reserve *scope.Scope
+		if path := c.String("reserve"); path != "" {
+			if reserve, err = e.readScopeFile(path); err != nil {
+				return err
+			}
+			a.Reserve = string(reserve.Canonical())
+		}
 		if path := c.String("hsm-root"); path != "" {
 			b, err := os.ReadFile(path)
 			if err != nil {
@@ -475,6 +484,12 @@ func agentAdd(e *env, c *cli.Context) error {
 			e.printf("%s\n", name)
 			for _, line := range s.Describe() {
 				e.printf("  %s\n", line)
+			}
+			if reserve != nil {
+				e.printf("reserve, while no approver answers\n")
+				for _, line := range reserve.Describe() {
+					e.printf("  %s\n", line)
+				}
 			}
 		})
 	})
@@ -539,13 +554,26 @@ func policyApprove(e *env, c *cli.Context) error {
 		if c.IsSet("of") && c.Int("of") < 1 {
 			return usage("--of %d: at least 1 is expected", c.Int("of"))
 		}
-		names, groups, err := quorums(name, approvers, c.Int("of"))
+		reserve := c.Bool("reserve")
+		if reserve && (len(approvers) == 0 || c.IsSet("of")) {
+			return usage("--reserve needs --approver, and not --of: the consent of one is enough")
+		}
+		of := c.Int("of")
+		if reserve {
+			of = 1
+		}
+		names, groups, err := quorums(name, approvers, of)
 		if err != nil {
 			return err
 		}
 		var approved []*attest.ApprovedPolicy
 		for i, group := range groups {
-			p, err := attest.SignEpochPolicy(key, names[i], values, attest.PolicyRef(config.TrustDomain), c.Uint64("epoch"), group...)
+			var p *attest.ApprovedPolicy
+			if ref := attest.PolicyRef(config.TrustDomain); reserve {
+				p, err = attest.SignReservePolicy(key, names[i], values, ref, c.Uint64("epoch"), group[0])
+			} else {
+				p, err = attest.SignEpochPolicy(key, names[i], values, ref, c.Uint64("epoch"), group...)
+			}
 			if err != nil {
 				return err
 			}
@@ -661,6 +689,10 @@ func (e *env) readScope(c *cli.Context) (*scope.Scope, error) {
 	if err != nil {
 		return nil, err
 	}
+	return e.readScopeFile(path)
+}
+
+func (e *env) readScopeFile(path string) (*scope.Scope, error) {
 	b, err := e.readInput(path, scope.MaxScope)
 	if err != nil {
 		return nil, err

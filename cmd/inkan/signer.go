@@ -11,6 +11,7 @@ import (
 	"os"
 	"path/filepath"
 	"runtime/debug"
+	"slices"
 	"strings"
 	"time"
 
@@ -92,6 +93,7 @@ type host struct {
 	stats   map[string]func() signer.DeviceStatus
 	tls     map[string]*tpm.Key // TLS keys of agents in approver mode
 	cancel  map[string]*tpm.Key // keys for cancels alone, of such agents
+	reserve map[string]*tpm.Key // keys in reserve mode, likewise
 	audit   string              // on, or why the TPM does not testify to its signatures
 	closer  []io.Closer
 }
@@ -214,7 +216,7 @@ func openHost(config *signer.Config) (*host, error) {
 	if err != nil {
 		return nil, err
 	}
-	h := &host{config: config, issuer: attester.Issuer{URL: config.Issuer.URL, Roots: roots}, keys: make(map[string]*tpm.Key), tokens: make(map[string]crypto.Signer), tls: make(map[string]*tpm.Key), cancel: make(map[string]*tpm.Key), stats: make(map[string]func() signer.DeviceStatus)}
+	h := &host{config: config, issuer: attester.Issuer{URL: config.Issuer.URL, Roots: roots}, keys: make(map[string]*tpm.Key), tokens: make(map[string]crypto.Signer), tls: make(map[string]*tpm.Key), cancel: make(map[string]*tpm.Key), reserve: make(map[string]*tpm.Key), stats: make(map[string]func() signer.DeviceStatus)}
 	if config.TPM == "" {
 		return h, nil
 	}
@@ -281,7 +283,7 @@ func (h *host) enrol(ctx context.Context, agent string) ([]*x509.Certificate, ti
 	if err != nil {
 		return nil, time.Time{}, err
 	}
-	keys, err := state.Keys(attest.PurposeAction, attest.PurposeTLS, attest.PurposeCancel)
+	keys, err := state.Keys(attest.PurposeAction, attest.PurposeTLS, attest.PurposeCancel, attest.PurposeReserve)
 	if err != nil {
 		return nil, time.Time{}, err
 	}
@@ -363,7 +365,7 @@ func (h *host) keepPolicies(p *tpm.Policies) error {
 		if err := state.SavePolicies(p); err != nil {
 			return err
 		}
-		for _, k := range []*tpm.Key{h.keys[a.Name], h.tls[a.Name], h.cancel[a.Name]} {
+		for _, k := range []*tpm.Key{h.keys[a.Name], h.tls[a.Name], h.cancel[a.Name], h.reserve[a.Name]} {
 			if k != nil {
 				k.SetPolicies(p)
 			}
@@ -431,6 +433,9 @@ func (h *host) credentials(ctx context.Context, agent string) (signer.Credential
 	if cred.Cancel, err = h.cancels(agent, state, &policies); err != nil {
 		return signer.Credentials{}, fmt.Errorf("agent %s: %w", agent, err)
 	}
+	if cred.Reserve, err = h.reserves(agent, state, &policies); err != nil {
+		return signer.Credentials{}, fmt.Errorf("agent %s: %w", agent, err)
+	}
 	if k.Mode() == attest.ModeApprover {
 		if cred.Approvers, err = h.approvers(agent, state, &policies); err != nil {
 			return signer.Credentials{}, fmt.Errorf("agent %s: %w", agent, err)
@@ -482,6 +487,28 @@ func (h *host) cancels(agent string, state *signer.State, policies *tpm.Policies
 		return &signer.CancelCredentials{Key: k, Chain: func() ([]*x509.Certificate, error) { return state.Chain(attest.PurposeCancel) }}, nil
 	}
 	return nil, nil
+}
+
+// reserves loads an agent's key in reserve mode, if the configuration asks for it.
+func (h *host) reserves(agent string, state *signer.State, policies *tpm.Policies) (*signer.ReserveCredentials, error) {
+	i := slices.IndexFunc(h.config.Agents, func(a signer.AgentConfig) bool { return a.Name == agent && a.Reserve })
+	if i < 0 {
+		return nil, nil
+	}
+	keys, err := state.Keys(attest.PurposeReserve)
+	if err != nil {
+		return nil, err
+	}
+	if keys[attest.PurposeReserve] == nil {
+		return nil, errors.New("reserve: the issuer certified no key for it: its inventory must allow it (inkan issuer agent add --reserve); then enrol the agent anew")
+	}
+	k, err := h.dev.LoadKey(keys[attest.PurposeReserve], policies)
+	if err != nil {
+		return nil, err
+	}
+	h.reserve[agent] = k
+	return &signer.ReserveCredentials{Key: k, Until: k.Reserved, Chain: func() ([]*x509.Certificate, error) { return state.Chain(attest.PurposeReserve) },
+		Renew: func(o crypto.SignerOpts) (time.Time, error) { return k.Reserve(o.(tpm.Authorizer)) }}, nil
 }
 
 func signerEnrol(e *env, c *cli.Context) error {

@@ -71,6 +71,7 @@ func printStatus(w io.Writer, s *signer.Status) {
 		if d := a.Device; d != nil {
 			fmt.Fprintf(w, "  device       %s\n", describeDevice(d))
 		}
+		printReserve(w, a.Reserve)
 		printControls(w, &a)
 		width := 0
 		for _, u := range a.Utilisation {
@@ -106,6 +107,19 @@ func describeAnchoring(a *audit.Anchoring) string {
 		return fmt.Sprintf("%d entries are bound to the TPM's counter; the last try failed: %s", a.Entries, a.Error)
 	}
 	return fmt.Sprintf("%d entries are bound to the TPM's counter, which is %d", a.Entries, a.Value)
+}
+
+// printReserve says what stands in for approvers.
+func printReserve(w io.Writer, r *signer.ReserveStatus) {
+	switch {
+	case r == nil:
+	case r.InUse:
+		fmt.Fprintf(w, "  reserve      IN USE, NO APPROVER ANSWERS; consent until %s\n", r.Until.Format(time.RFC3339))
+	case time.Now().Before(r.Until):
+		fmt.Fprintf(w, "  reserve      consent until %s\n", r.Until.Format(time.RFC3339))
+	default:
+		fmt.Fprintf(w, "  reserve      NO CONSENT: see the signer's log\n")
+	}
 }
 
 // printControls says what is in force beside the certificate.

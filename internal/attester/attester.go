@@ -208,7 +208,7 @@ func hello(dev *tpm.Device, agent string) (*attest.Hello, *tpm.EK, error) {
 func ensureKeys(dev *tpm.Device, c *attest.Challenge, have map[string][]byte, external map[string]crypto.Signer, out *Outcome) ([]crypto.Signer, error) {
 	var loaded []crypto.Signer
 	for _, want := range c.Keys {
-		if !slices.Contains([]string{attest.PurposeAction, attest.PurposeTLS, attest.PurposeCancel}, want.Purpose) {
+		if !slices.Contains([]string{attest.PurposeAction, attest.PurposeTLS, attest.PurposeCancel, attest.PurposeReserve}, want.Purpose) {
 			return nil, fmt.Errorf("the issuer asks for a key for %.16q, which is not known here", want.Purpose)
 		}
 		other := external[want.Purpose]
@@ -254,7 +254,7 @@ func (x *Exchange) collect(keys []crypto.Signer, binding []byte, ev *attest.Evid
 	dev, c := x.dev, &x.Challenge
 	for i, k := range keys {
 		var csr []byte
-		if c.Keys[i].Mode != attest.ModeApprover { // such a key signs nothing but statements
+		if c.Keys[i].Mode == "" { // a key that approvers stand before signs nothing but statements
 			var err error
 			if csr, err = x509.CreateCertificateRequest(rand.Reader, &x509.CertificateRequest{Subject: pkix.Name{CommonName: x.agent}}, k); err != nil {
 				return err

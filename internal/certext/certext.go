@@ -60,6 +60,7 @@ const (
 const (
 	ModeLocal    = "local"    // it signs while the host is in an approved state
 	ModeApprover = "approver" // besides, the TPM demands an authorization of each signature
+	ModeReserve  = "reserve"  // besides, the TPM demands a consent of not long ago
 )
 
 // How the endorsement key was tied to a vendor.
@@ -80,7 +81,7 @@ type Attestation struct {
 	Time time.Time `json:"time"`
 	// Protection of the key: tpm, hsm-attested or hsm-declared.
 	Protection string `json:"protection"`
-	// Mode of the key: local, or approver.
+	// Mode of the key: local, approver, or reserve.
 	Mode string `json:"mode"`
 	// KeyName is the TPM Name of the action key; empty for an HSM key.
 	KeyName string `json:"key_name,omitempty"`

@@ -246,7 +246,7 @@ func (d *Device) key(c *attest.Challenge, want attest.KeyRequest, binding []byte
 	}
 	public := tpm2.Marshal(*t)
 	var csr []byte
-	if want.Mode != attest.ModeApprover {
+	if want.Mode == "" {
 		if csr, err = x509.CreateCertificateRequest(rand.Reader, &x509.CertificateRequest{Subject: pkix.Name{CommonName: "forged"}}, key); err != nil {
 			return nil, err
 		}
