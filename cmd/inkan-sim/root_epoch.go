@@ -176,6 +176,6 @@ func (r *root) changed(ctx context.Context) error {
 		return err
 	}
 	return r.w.attack("a cancel, on the changed host", "TPM", "PCR 7", func() (bool, string, error) {
-		return r.w.signs(ctx, r.w.inkan, cancelOrder())
+		return r.w.signsByLog(ctx, cancelOrder())
 	})
 }
