@@ -359,18 +359,8 @@ func (a *appraisal) hsmKey(want KeyRequest, ev *KeyEvidence) (*CertifiedKey, err
 	if again, err := x509.MarshalPKIXPublicKey(key); err != nil || !bytes.Equal(again, ev.SPKI) {
 		return nil, refuse("K2", "the key is not in its one spelling")
 	}
-	switch k := key.(type) {
-	case *ecdsa.PublicKey:
-		if k.Curve != elliptic.P256() && k.Curve != elliptic.P384() {
-			return nil, refuse("K3", "the key is on %s, P-256 or P-384 is expected", k.Curve.Params().Name)
-		}
-	case *rsa.PublicKey:
-		if n := k.N.BitLen(); n < 2048 || n > 4096 || k.E != 65537 {
-			return nil, refuse("K3", "the key is RSA with %d bits and the exponent %d, 2048 to 4096 and 65537 are expected", n, k.E)
-		}
-	case ed25519.PublicKey:
-	default:
-		return nil, refuse("K3", "the key is of a kind that is not known")
+	if err := checkHSMKind(key); err != nil {
+		return nil, err
 	}
 	csr, err := checkCSR(ev.CSR, key)
 	if err != nil {
@@ -384,6 +374,24 @@ func (a *appraisal) hsmKey(want KeyRequest, ev *KeyEvidence) (*CertifiedKey, err
 		return nil, refuse("H1", "a vendor's evidence is there, and none was asked for: the inventory says how such a key is attested")
 	}
 	return &CertifiedKey{Purpose: want.Purpose, Protection: ProtectionHSM, Vendor: want.Vendor, PublicKey: key, CSR: csr}, nil
+}
+
+// checkHSMKind applies K3 to a key in an HSM.
+func checkHSMKind(key crypto.PublicKey) error {
+	switch k := key.(type) {
+	case *ecdsa.PublicKey:
+		if k.Curve != elliptic.P256() && k.Curve != elliptic.P384() {
+			return refuse("K3", "the key is on %s, P-256 or P-384 is expected", k.Curve.Params().Name)
+		}
+	case *rsa.PublicKey:
+		if n := k.N.BitLen(); n < 2048 || n > 4096 || k.E != 65537 {
+			return refuse("K3", "the key is RSA with %d bits and the exponent %d, 2048 to 4096 and 65537 are expected", n, k.E)
+		}
+	case ed25519.PublicKey:
+	default:
+		return refuse("K3", "the key is of a kind that is not known")
+	}
+	return nil
 }
 
 // same compares keys of any kind.

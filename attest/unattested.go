@@ -50,6 +50,9 @@ func Accept(x *Declaration, pin, binding []byte, now time.Time) (*Declared, erro
 	if sum := sha256.Sum256(csr.RawSubjectPublicKeyInfo); !bytes.Equal(sum[:], pin) {
 		return nil, refuse("U1", "the key has the SHA-256 %x, the inventory pins %x", sum, pin)
 	}
+	if err := checkHSMKind(csr.PublicKey); err != nil {
+		return nil, err
+	}
 	if err := csr.CheckSignature(); err != nil {
 		return nil, refuse("U2", "the certificate request is not signed by its key: %v", err)
 	}

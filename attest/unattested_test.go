@@ -2,6 +2,7 @@ package attest_test
 
 import (
 	"bytes"
+	"crypto"
 	"crypto/ecdsa"
 	"crypto/elliptic"
 	"crypto/rand"
@@ -15,6 +16,33 @@ import (
 	"inkan/attest"
 	"inkan/internal/certext"
 )
+
+// TestDeclaredKind: a declared key is of the kinds that any key in an HSM is.
+func TestDeclaredKind(t *testing.T) {
+	other, err := ecdsa.GenerateKey(elliptic.P521(), rand.Reader)
+	if err != nil {
+		t.Fatal(err)
+	}
+	weak, err := ecdsa.GenerateKey(elliptic.P224(), rand.Reader)
+	if err != nil {
+		t.Fatal(err)
+	}
+	channel := bytes.Repeat([]byte{7}, attest.BindingSize)
+	for _, key := range []crypto.Signer{other, weak} {
+		der, err := x509.CreateCertificateRequest(rand.Reader, &x509.CertificateRequest{ExtraExtensions: []pkix.Extension{{Id: certext.OIDChannel, Value: channel}}}, key)
+		if err != nil {
+			t.Fatal(err)
+		}
+		spki, err := x509.MarshalPKIXPublicKey(key.Public())
+		if err != nil {
+			t.Fatal(err)
+		}
+		pin := sha256.Sum256(spki)
+		if _, err := attest.Accept(&attest.Declaration{Agent: "a", CSR: der}, pin[:], channel, time.Now()); !errors.Is(err, &attest.Refusal{Check: "K3"}) {
+			t.Errorf("%s: %v", key.Public().(*ecdsa.PublicKey).Params().Name, err)
+		}
+	}
+}
 
 // TestU: a declaration is accepted for the pinned key, over its channel, signed.
 func TestU(t *testing.T) {

@@ -430,8 +430,8 @@ func (e *pkixEntity) circumstances(signers [][]byte) error {
 			if err != nil {
 				return err
 			}
-			if len(b) != 1 || b[0] == 0 { // RFC 9711, section 4.2.9: 0 is enabled
-				return refuse("H8", "the HSM's debug facilities are enabled")
+			if len(b) != 1 || b[0] < 1 || b[0] > 4 { // RFC 9711, section 4.2.9: 0 is enabled, 1 to 4 are ways of being disabled
+				return refuse("H8", "the HSM's debug facilities are enabled, or in a state that is not known")
 			}
 		case c.Type.Equal(pkixAKSPKI):
 			b, err := c.value(claimBytes)

@@ -336,6 +336,8 @@ func TestVendorRefusals(t *testing.T) {
 		"H7 boolean that is neither": {format: "pkix", change: func(v *maker) { v.set(5, tagged(2, []byte{7})) }},
 		"H7 malformed expiry":        {format: "pkix", change: func(v *maker) { v.claims = append(v.claims, claim{[]int{1, 2, 6}, tagged(3, []byte("soon"))}) }},
 		"H8 debugging enabled":       {format: "pkix", change: func(v *maker) { v.more = [][]byte{entity(1, []claim{{[]int{1, 1, 7}, number(0)}})} }},
+		"H8 debugging unknown":       {format: "pkix", change: func(v *maker) { v.more = [][]byte{entity(1, []claim{{[]int{1, 1, 7}, number(9)}})} }},
+		"H8 debugging negative":      {format: "pkix", change: func(v *maker) { v.more = [][]byte{entity(1, []claim{{[]int{1, 1, 7}, number(0xff)}})} }},
 		"H9 expired key":             {format: "pkix", change: func(v *maker) { v.claims = append(v.claims, claim{[]int{1, 2, 6}, tagged(3, []byte(past))}) }},
 	} {
 		t.Run(name, func(t *testing.T) {
