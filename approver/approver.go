@@ -131,6 +131,7 @@ const maxKnown = 4096
 // credential is what an action certificate says, verified but for time and revocation.
 type credential struct {
 	leaf, issuer *x509.Certificate
+	until        time.Time // when the first certificate above the leaf ends
 	action       *certext.ActionCertificate
 	scope        *scope.Scope
 	sum          scope.Digest // SHA-256 of the certificate
@@ -349,7 +350,12 @@ func (a *Approver) verifyChain(chain [][]byte, now time.Time) (*credential, erro
 			return nil, refuse(RuleCertificate, "the chain is not in order")
 		}
 	}
-	cred.issuer = verified[1]
+	cred.issuer, cred.until = verified[1], verified[1].NotAfter
+	for _, c := range verified[2:] {
+		if c.NotAfter.Before(cred.until) {
+			cred.until = c.NotAfter
+		}
+	}
 	if cred.scope, err = scope.ParseCanonical(cred.action.Scope); err != nil {
 		return nil, refuse(RuleCertificate, "%v", err)
 	}
@@ -397,8 +403,12 @@ func (a *Approver) current(ctx context.Context, client *x509.Certificate, cred *
 		return refuse(RuleCertificate, "the certificate is valid from %s on", leaf.NotBefore.UTC().Format(time.RFC3339))
 	case now.After(leaf.NotAfter):
 		return &scope.Refusal{Rule: scope.RuleCertificateExpired, Message: "the certificate expired at " + leaf.NotAfter.UTC().Format(time.RFC3339)}
+	case now.After(cred.until):
+		return refuse(RuleCertificate, "a certificate that it chains to expired at %s", cred.until.UTC().Format(time.RFC3339))
 	case client == nil || len(client.URIs) != 1 || client.URIs[0].String() != cred.action.Agent:
 		return refuse(RuleClient, "the TLS client is not %s", cred.action.Agent)
+	case now.Before(client.NotBefore) || now.After(client.NotAfter): // its connection may have been there before
+		return refuse(RuleClient, "the TLS client's certificate is valid from %s to %s", client.NotBefore.UTC().Format(time.RFC3339), client.NotAfter.UTC().Format(time.RFC3339))
 	}
 	agent := a.config.agents[cred.action.Agent]
 	if agent == nil {

@@ -561,3 +561,42 @@ func TestConfig(t *testing.T) {
 		}
 	}
 }
+
+// TestCertificatesEnd: what was found good at an earlier request is not good
+// for ever: the chain, and the certificate of a connection that stays open.
+func TestCertificatesEnd(t *testing.T) {
+	d := newDesk(t)
+	if err := d.decide(d.request(d.write(t, d.next(t, "1", nil)))); err != nil {
+		t.Fatal(err)
+	}
+	valid := *d.client
+	for name, at := range map[string]time.Time{"expired": valid.NotAfter.Add(time.Second), "not valid yet": valid.NotBefore.Add(-time.Second)} {
+		client := valid
+		client.NotBefore, client.NotAfter = client.NotBefore.Add(time.Since(at)), client.NotAfter.Add(time.Since(at))
+		d.client = &client
+		refused(t, "a TLS certificate that is "+name, approver.RuleClient, d.decide(d.request(d.next(t, "1", nil))))
+	}
+	// A CA that ends before what it issued.
+	old := d.ca.Certificate
+	der, err := x509.CreateCertificate(rand.Reader, &x509.Certificate{SerialNumber: big.NewInt(1), Subject: old.Subject, NotBefore: old.NotBefore, NotAfter: time.Now().Add(time.Minute),
+		IsCA: true, BasicConstraintsValid: true, KeyUsage: old.KeyUsage, SubjectKeyId: old.SubjectKeyId}, old, &d.ca.Key.PublicKey, d.ca.Key)
+	if err != nil {
+		t.Fatal(err)
+	}
+	c, err := x509.ParseCertificate(der)
+	if err != nil {
+		t.Fatal(err)
+	}
+	key := d.ca.Key
+	d = newDesk(t)
+	d.ca = &testca.CA{Key: key, Certificate: c, Roots: x509.NewCertPool()}
+	d.ca.Roots.AddCert(c)
+	d.agent = d.certify(t, nil)
+	d.client = d.tlsCertificate(t, d.agent.ID)
+	d.approver = d.newApprover(t, config(t, ""), d.record)
+	if err := d.decide(d.request(d.write(t, d.next(t, "1", nil)))); err != nil {
+		t.Fatal(err)
+	}
+	d.approver.SetClock(func() time.Time { return time.Now().Add(2 * time.Minute) })
+	refused(t, "a chain whose CA has ended", approver.RuleCertificate, d.decide(d.request(d.next(t, "1", func(s *scope.Statement) { s.Expires += 200 }))))
+}

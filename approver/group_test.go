@@ -7,14 +7,19 @@ import (
 	"crypto/ecdsa"
 	"crypto/sha256"
 	"crypto/tls"
+	"crypto/x509"
+	"crypto/x509/pkix"
 	"encoding/json"
 	"errors"
 	"fmt"
 	"io"
+	"math/big"
 	"net/http"
 	"net/http/httptest"
 	"path/filepath"
 	"strings"
+	"sync"
+	"sync/atomic"
 	"testing"
 	"time"
 
@@ -377,4 +382,42 @@ func TestDown(t *testing.T) {
 	if _, err := x.sign(t.Context(), two, left); err != nil || two.Down() {
 		t.Errorf("when it is back: down %v: %v", two.Down(), err)
 	}
+}
+
+// TestRenewedCertificate: connections that were made with a TLS certificate that
+// has ended since are made anew, and no order waits for a person.
+func TestRenewedCertificate(t *testing.T) {
+	d := newDesk(t)
+	url, _ := d.serve(t, d.key, d.record)
+	pair := func(ends time.Time) *tls.Certificate {
+		a := d.ca.Agent(t, d.name, []byte(scopeJSON), func(c *x509.Certificate) {
+			c.SerialNumber, c.UnknownExtKeyUsage, c.ExtKeyUsage, c.ExtraExtensions, c.NotAfter = big.NewInt(ends.UnixNano()), nil, []x509.ExtKeyUsage{x509.ExtKeyUsageClientAuth}, []pkix.Extension{}, ends
+		})
+		return &tls.Certificate{Certificate: [][]byte{a.Chain[0].Raw}, PrivateKey: a.Key}
+	}
+	ends := time.Now().Add(2 * time.Second).Truncate(time.Second)
+	var now atomic.Pointer[tls.Certificate]
+	now.Store(pair(ends))
+	g := client.New([]client.Member{{URL: url, Roots: d.ca.Roots}}, func() (*tls.Certificate, error) { return now.Load(), nil }, time.Minute, 20*time.Second)
+	ask := func(b []byte) error {
+		p := client.Proposal{Chain: d.agent.Chain, Statement: b, Nonce: make([]byte, attest.NonceTPMSize), Counter: 1}
+		return g.Authorize(t.Context(), &p, func(string, int32, []byte) (bool, error) { return true, nil })
+	}
+	b := d.write(t, d.next(t, "1", nil))
+	ask4 := func(when string) {
+		t.Helper()
+		var wg sync.WaitGroup
+		for range 4 { // on as many connections
+			wg.Go(func() {
+				if err := ask(b); err != nil {
+					t.Errorf("%s: %v", when, err)
+				}
+			})
+		}
+		wg.Wait()
+	}
+	ask4("before")
+	now.Store(pair(time.Now().Add(time.Hour).Truncate(time.Second)))
+	time.Sleep(time.Until(ends.Add(1100 * time.Millisecond)))
+	ask4("after the first certificate has ended")
 }

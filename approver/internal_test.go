@@ -55,3 +55,6 @@ func (r *Record) Drop() error {
 	r.running.Wait()
 	return errors.Join(r.reads.Close(), r.db.Close())
 }
+
+// SetClock has the approver take another time for now.
+func (a *Approver) SetClock(now func() time.Time) { a.now = now }

@@ -175,6 +175,8 @@ func (a *Approver) fail(w http.ResponseWriter, r *http.Request, err error) {
 		status = http.StatusConflict
 	case RuleRecord, RuleKey, RuleRevocation, RuleKillState:
 		status = http.StatusServiceUnavailable
+	case RuleClient, RuleRevoked:
+		w.Header().Set("Connection", "close") // the next one is made with the certificate that the agent has by then
 	}
 	who := ""
 	if r.TLS != nil && len(r.TLS.VerifiedChains) > 0 {

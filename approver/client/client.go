@@ -340,7 +340,20 @@ func (m *member) postFor(ctx context.Context, d time.Duration, path string, in *
 	return m.post(ctx, path, in, out)
 }
 
+// post asks again on a new connection where the approver does not take the TLS
+// certificate: the connection may be older than the one that the agent has now.
 func (m *member) post(ctx context.Context, path string, in *request, out any) error {
+	for tries := 0; ; tries++ {
+		err := m.once(ctx, path, in, out)
+		x, ok := errors.AsType[*Refused](err)
+		if !ok || tries == 2 || x.Problem.Rule != "client" && x.Problem.Rule != "certificate_revoked" {
+			return err
+		}
+		m.http.CloseIdleConnections()
+	}
+}
+
+func (m *member) once(ctx context.Context, path string, in *request, out any) error {
 	b, err := strictjson.Marshal(in)
 	if err != nil {
 		return err
