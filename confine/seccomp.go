@@ -44,7 +44,9 @@ const (
 	namespaces  = unix.CLONE_NEWNS | unix.CLONE_NEWCGROUP | unix.CLONE_NEWUTS | unix.CLONE_NEWIPC | unix.CLONE_NEWUSER | unix.CLONE_NEWPID | unix.CLONE_NEWNET
 	typeBits    = 0xf // of socket's type; the rest are flags
 	msgFastOpen = unix.MSG_FASTOPEN
-	int32Max    = 1<<32 - 1 // the kernel looks at the lower half of an int argument, so the upper one must be empty
+	// packetOptions6 is IPV6_2292PKTOPTIONS, which sets the routing header too.
+	packetOptions6 = 6
+	int32Max       = 1<<32 - 1 // the kernel looks at the lower half of an int argument, so the upper one must be empty
 )
 
 func is(arg uint32, value uint64) seccomp.Condition {
@@ -83,8 +85,11 @@ func conditional(o *scope.OS) []seccomp.NameWithConditions {
 		// No typing into a terminal, and no line discipline or protocol in the place of another.
 		{Name: "ioctl", Conditions: []seccomp.Condition{atMost(1, int32Max), isNot(1, unix.TIOCSTI), isNot(1, unix.TIOCLINUX), isNot(1, unix.TIOCSETD)}},
 		{Name: "ioctl", Conditions: []seccomp.Condition{{Argument: 1, Operation: seccomp.GreaterOrEqual, Value: 0xffffffff80000000}}}, // sign-extended by some libraries
-		{Name: "setsockopt", Conditions: []seccomp.Condition{atMost(1, int32Max), isNot(1, unix.IPPROTO_TCP)}},
+		{Name: "setsockopt", Conditions: []seccomp.Condition{atMost(1, int32Max), isNot(1, unix.IPPROTO_TCP), isNot(1, unix.IPPROTO_IP), isNot(1, unix.IPPROTO_IPV6)}},
 		{Name: "setsockopt", Conditions: []seccomp.Condition{is(1, unix.IPPROTO_TCP), atMost(2, int32Max), isNot(2, unix.TCP_ULP)}},
+		// No route of its own: the packets of a connection would go by a host that nobody decided on.
+		{Name: "setsockopt", Conditions: []seccomp.Condition{is(1, unix.IPPROTO_IP), atMost(2, int32Max), isNot(2, unix.IP_OPTIONS)}},
+		{Name: "setsockopt", Conditions: []seccomp.Condition{is(1, unix.IPPROTO_IPV6), atMost(2, int32Max), isNot(2, unix.IPV6_RTHDR), isNot(2, packetOptions6)}},
 	}
 	if o == nil || len(o.Connect) == 0 {
 		return calls

@@ -57,6 +57,12 @@ var tried = map[string]func(arg string) error{
 		_, err := unix.Socket(unix.AF_INET, unix.SOCK_STREAM, unix.IPPROTO_MPTCP)
 		return err
 	},
+	"route":   func(at string) error { return route(unix.AF_INET, unix.IPPROTO_IP, unix.IP_OPTIONS, lsrr, at) },
+	"route6":  func(at string) error { return route(unix.AF_INET6, unix.IPPROTO_IPV6, unix.IPV6_RTHDR, srh, at) },
+	"route62": func(at string) error { return route(unix.AF_INET6, unix.IPPROTO_IPV6, 6, srh, at) }, // IPV6_2292PKTOPTIONS
+	"ttl": func(at string) error {
+		return route(unix.AF_INET, unix.IPPROTO_IP, unix.IP_TTL, "\x40\x00\x00\x00", at)
+	},
 	"ptrace":  func(pid string) error { n, _ := strconv.Atoi(pid); return unix.PtraceAttach(n) },
 	"signal":  func(pid string) error { n, _ := strconv.Atoi(pid); return unix.Kill(n, 0) },
 	"environ": func(pid string) error { _, err := os.ReadFile("/proc/" + pid + "/environ"); return err },
@@ -67,6 +73,22 @@ var tried = map[string]func(arg string) error{
 		_, err := listener.Accept()
 		return err
 	},
+}
+
+// A loose source route by 127.0.0.9, and a segment routing header by ::1: the packets
+// of a connection go where these say.
+const (
+	lsrr = "\x83\x07\x04\x7f\x00\x00\x09\x00"
+	srh  = "\x00\x02\x04\x00\x00\x00\x00\x00\x00\x00\x00\x00\x00\x00\x00\x00\x00\x00\x00\x00\x00\x00\x00\x01"
+)
+
+func route(family, level, option int, value, _ string) error {
+	fd, err := unix.Socket(family, unix.SOCK_STREAM, 0)
+	if err != nil {
+		return err
+	}
+	defer unix.Close(fd)
+	return unix.SetsockoptString(fd, level, option, value)
 }
 
 var listener net.Listener // opened before the process confines itself
@@ -186,6 +208,7 @@ func TestEnter(t *testing.T) {
 		{"write", path("write", "new"), "done"}, {"rename", path("write", "file"), "done"}, {"write", path("read", "file"), "permission denied"}, {"write", path("new"), "permission denied"},
 		{"dial", allowed.Addr().String(), "done"}, {"dial", other.Addr().String(), "permission denied"}, {"accept", "", "done"},
 		{"unix", socket.Addr().String(), "operation not permitted"}, {"listen", "", "operation not permitted"}, {"udp", "", "operation not permitted"}, {"mptcp", "", "operation not permitted"},
+		{"route", "", "operation not permitted"}, {"route6", "", "operation not permitted"}, {"route62", "", "operation not permitted"}, {"ttl", "", "done"},
 		{"run", "/bin/true", "operation not permitted"}, {"ptrace", me, "operation not permitted"}, {"signal", me, "operation not permitted"}, {"environ", me, "permission denied"},
 	}
 	var try [][2]string

@@ -257,6 +257,7 @@ func (c *cell) probes(ctx context.Context) error {
 		{"listen", seccomp, "EPERM", []string{"listen"}},
 		{"UDP", seccomp, "EPERM", []string{"udp"}},
 		{"MPTCP", seccomp, "EPERM", []string{"mptcp"}},
+		{"a route of its own by another host (IPV6_RTHDR)", seccomp, "EPERM", []string{"route"}},
 		{"raw socket", seccomp, "EPERM", []string{"raw"}},
 		{"packet socket", seccomp, "EPERM", []string{"packet"}},
 		{"vsock", seccomp, "EPERM", []string{"vsock"}},

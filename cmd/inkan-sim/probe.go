@@ -57,6 +57,7 @@ var probes = map[string]probe{
 	"fastopen":  fastOpen,
 	"listen":    listenTCP,
 	"io_uring":  func([]string) error { return call(unix.SYS_IO_URING_SETUP, 8, 0, 0) },
+	"route":     sourceRoute,
 	"ptrace":    func(a []string) error { return unix.PtraceAttach(number(a[0])) },
 	"vm_readv":  readMemoryOf,
 	"vm_writev": func(a []string) error { return call(unix.SYS_PROCESS_VM_WRITEV, uintptr(number(a[0])), 0, 0) },
@@ -124,6 +125,17 @@ func openAnd(path string, flags int) error {
 		_ = unix.Close(fd)
 	}
 	return err
+}
+
+// sourceRoute would have the packets of a connection go by another host, whatever it is
+// connected to: a segment routing header, which needs no capability.
+func sourceRoute([]string) error {
+	fd, err := unix.Socket(unix.AF_INET6, unix.SOCK_STREAM, 0)
+	if err != nil {
+		return err
+	}
+	defer unix.Close(fd)
+	return unix.SetsockoptString(fd, unix.IPPROTO_IPV6, unix.IPV6_RTHDR, "\x00\x02\x04"+strings.Repeat("\x00", 20)+"\x01")
 }
 
 func socket(family, kind, protocol int) error {
