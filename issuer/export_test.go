@@ -4,6 +4,7 @@ import (
 	"context"
 	"crypto"
 	"fmt"
+	"net/http/httptest"
 	"sync/atomic"
 	"testing"
 	"time"
@@ -81,3 +82,16 @@ func (i *Inventory) Agents(ctx context.Context) ([]*Agent, error) { return i.s.a
 
 // Close closes it.
 func (i *Inventory) Close() error { return i.s.db.Close() }
+
+// Decide answers a refusal to a host.
+func Decide(ctx context.Context, i *Issuer, agent string, refusal error) {
+	i.decide(httptest.NewRecorder(), httptest.NewRequestWithContext(ctx, "POST", "/v1/sessions", nil), agent, nil, refusal)
+}
+
+// Exec changes the inventory.
+func Exec(tb testing.TB, i *Issuer, statement string) {
+	tb.Helper()
+	if _, err := i.store.db.ExecContext(context.Background(), statement); err != nil {
+		tb.Fatal(err)
+	}
+}

@@ -144,6 +144,7 @@ func (i *Issuer) agentHandler() http.Handler {
 		if i.limit.allow(r.RemoteAddr) {
 			return true
 		}
+		i.metrics.refused.WithLabelValues("G7").Inc()
 		w.Header().Set("Retry-After", "2")
 		problem.Write(w, problem.Problem{Status: http.StatusTooManyRequests, Check: "G7", Detail: "too many exchanges from this address"})
 		return false
@@ -229,7 +230,7 @@ func (i *Issuer) agentHandler() http.Handler {
 func (i *Issuer) decide(w http.ResponseWriter, r *http.Request, agent string, ev *attest.Evidence, err error) {
 	if refusal, ok := errors.AsType[*attest.Refusal](err); ok {
 		i.log.WarnContext(r.Context(), "evidence refused", "agent", clip(agent, 64), "check", refusal.Check, "detail", refusal.Detail, "remote", r.RemoteAddr)
-		if logErr := i.refused(r.Context(), agent, ev, refusal); logErr != nil {
+		if logErr := i.refused(context.WithoutCancel(r.Context()), agent, ev, refusal); logErr != nil { // of who hangs up, too
 			err = logErr
 		}
 	}
@@ -356,16 +357,22 @@ func (i *Issuer) adminHandler() http.Handler {
 	})
 	mux.HandleFunc("GET /openapi.json", static("application/json", adminOpenAPI))
 	return i.guard(http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
+		refused := func(detail string) {
+			i.metrics.refused.WithLabelValues("G3").Inc()
+			i.log.WarnContext(r.Context(), "not an administrator", "path", clip(r.URL.Path, 256), "detail", detail, "remote", r.RemoteAddr)
+			problem.Write(w, problem.Problem{Status: http.StatusForbidden, Check: "G3", Detail: detail})
+		}
 		if r.TLS == nil || len(r.TLS.VerifiedChains) == 0 || !certext.IsAdministrator(r.TLS.PeerCertificates[0]) {
-			problem.Write(w, problem.Problem{Status: http.StatusForbidden, Check: "G3", Detail: "an administrator's certificate is needed"})
+			refused("an administrator's certificate is needed")
 			return
 		}
-		c, err := i.store.certificate(r.Context(), serialText(r.TLS.PeerCertificates[0].SerialNumber))
+		admin := r.TLS.PeerCertificates[0]
+		c, err := i.store.certificate(r.Context(), serialText(admin.SerialNumber))
 		if err != nil || !c.Revoked.IsZero() || i.now().After(c.NotAfter) {
-			problem.Write(w, problem.Problem{Status: http.StatusForbidden, Check: "G3", Detail: "the administrator's certificate is revoked or over, or was not issued here"})
+			refused("the administrator's certificate is revoked or over, or was not issued here")
 			return
 		}
-		mux.ServeHTTP(w, r)
+		mux.ServeHTTP(w, r.WithContext(context.WithValue(r.Context(), byKey{}, admin.Subject.CommonName)))
 	}))
 }
 

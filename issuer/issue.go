@@ -1,6 +1,7 @@
 package issuer
 
 import (
+	"cmp"
 	"context"
 	"crypto"
 	"crypto/rand"
@@ -109,7 +110,7 @@ func (i *Issuer) issue(ctx context.Context, o order) (*x509.Certificate, error) 
 			hex.EncodeToString(serial), o.profile, name, der, now.Unix(), t.NotAfter.Unix()); err != nil {
 			return err
 		}
-		return event(ctx, tx, Event{Time: now, Kind: "issued", Agent: name, Detail: fmt.Sprintf("%s certificate %x until %s", o.profile, serial, t.NotAfter.Format(time.RFC3339))})
+		return event(ctx, tx, Event{Time: now, Kind: "issued", Agent: name, Detail: fmt.Sprintf("%s certificate %x for %s until %s", o.profile, serial, cmp.Or(name, o.common), t.NotAfter.Format(time.RFC3339))})
 	})
 	if err != nil {
 		return nil, err

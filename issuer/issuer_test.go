@@ -730,11 +730,11 @@ func TestRevokedOnce(t *testing.T) {
 		o.must(t, err)
 		return events[len(events)-1]
 	}
-	if x := last(); x.Kind != "revoked" || !strings.HasSuffix(x.Detail, "superseded") {
+	if x := last(); x.Kind != "revoked" || !strings.Contains(x.Detail, "superseded") {
 		t.Errorf("the log ends with %+v", x)
 	}
 	o.must(t, o.admin.Revoke(t.Context(), serial, "keyCompromise"))
-	if x := last(); !strings.HasSuffix(x.Detail, "keyCompromise") {
+	if x := last(); !strings.Contains(x.Detail, "keyCompromise") {
 		t.Errorf("the log ends with %+v", x)
 	}
 	crl, _ := o.lists(t)

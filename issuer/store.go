@@ -224,6 +224,14 @@ func openStore(ctx context.Context, path string) (_ *store, err error) {
 	if _, err := db.ExecContext(ctx, additions); err != nil {
 		return nil, err
 	}
+	// Unreleased programs had the same format with fewer columns.
+	for _, q := range []string{"SELECT " + deviceColumns + " FROM device", "SELECT " + agentColumns + " FROM agent", "SELECT " + certificateColumns + " FROM certificate"} {
+		s, err := db.PrepareContext(ctx, q)
+		if err != nil {
+			return nil, fmt.Errorf("it was made by another program, which was not released: %w", err)
+		}
+		_ = s.Close() // it read nothing
+	}
 	return &store{db}, os.Chmod(path, 0o600)
 }
 
@@ -259,7 +267,13 @@ func ignoreDone(err error) error {
 	return err
 }
 
+// byKey is the key in a context under which the name of the administrator stands who asked.
+type byKey struct{}
+
 func event(ctx context.Context, tx *sql.Tx, e Event) error {
+	if name, ok := ctx.Value(byKey{}).(string); ok {
+		e.Detail += ", by " + name
+	}
 	_, err := tx.ExecContext(ctx, "INSERT INTO event(time, kind, agent, device, check_id, detail, evidence) VALUES(?, ?, ?, ?, ?, ?, ?)",
 		e.Time.UnixMicro(), e.Kind, e.Agent, e.Device, e.Check, e.Detail, e.Evidence)
 	return err
@@ -525,6 +539,8 @@ func (a *Agent) vendorRoots() *x509.CertPool {
 	return p
 }
 
+const agentColumns = "name, device, scope, tls, hsm, approver, cancels, reserve, vendor, vendor_roots, status"
+
 func scanAgent(row interface{ Scan(...any) error }) (*Agent, error) {
 	var a Agent
 	var sc []byte
@@ -559,7 +575,7 @@ func (a *Agent) changed() error {
 }
 
 func agentIn(ctx context.Context, q queryer, name string) (*Agent, error) {
-	a, err := scanAgent(q.QueryRowContext(ctx, "SELECT name, device, scope, tls, hsm, approver, cancels, reserve, vendor, vendor_roots, status FROM agent WHERE name = ?", name))
+	a, err := scanAgent(q.QueryRowContext(ctx, "SELECT "+agentColumns+" FROM agent WHERE name = ?", name))
 	if errors.Is(err, sql.ErrNoRows) {
 		return nil, fmt.Errorf("agent %.80q: %w", name, ErrNotFound)
 	}
@@ -567,7 +583,7 @@ func agentIn(ctx context.Context, q queryer, name string) (*Agent, error) {
 }
 
 func (s *store) agents(ctx context.Context) ([]*Agent, error) {
-	return list(ctx, s.db, func(r *sql.Rows) (*Agent, error) { return scanAgent(r) }, "SELECT name, device, scope, tls, hsm, approver, cancels, reserve, vendor, vendor_roots, status FROM agent ORDER BY name")
+	return list(ctx, s.db, func(r *sql.Rows) (*Agent, error) { return scanAgent(r) }, "SELECT "+agentColumns+" FROM agent ORDER BY name")
 }
 
 // setStatus suspends, resumes or retires an agent. Whatever is not active has

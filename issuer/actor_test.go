@@ -1,0 +1,102 @@
+package issuer_test
+
+import (
+	"context"
+	"crypto/tls"
+	"encoding/pem"
+	"io"
+	"net/http"
+	"strings"
+	"testing"
+
+	"inkan/attest"
+	"inkan/issuer"
+	"inkan/scope"
+)
+
+// TestWhoDidIt: the decision log says which administrator changed something.
+func TestWhoDidIt(t *testing.T) {
+	o := newOffice(t)
+	key := newKey(t)
+	crt, err := o.issuer.CertifyAdministrator(t.Context(), "alice", &key.PublicKey)
+	o.must(t, err)
+	block, _ := pem.Decode(crt)
+	alice := issuer.NewClient("https://"+o.addresses.Admin, o.ca, tls.Certificate{Certificate: [][]byte{block.Bytes}, PrivateKey: key})
+	g, err := o.enrol(t, o.dev, "a")
+	o.must(t, err)
+	for what, do := range map[string]func(*issuer.Client) error{
+		"agent is suspended": func(c *issuer.Client) error { return c.SetStatus(t.Context(), "a", issuer.Suspended) },
+		"policy good":        func(c *issuer.Client) error { return c.RetirePolicy(t.Context(), "good") },
+		"venue XPAR: halted": func(c *issuer.Client) error {
+			_, err := c.Kill(t.Context(), issuer.KillOrder{Scope: scope.KillVenue, Venue: "XPAR", Reason: "halted"})
+			return err
+		},
+		"keyCompromise": func(c *issuer.Client) error {
+			return c.Revoke(t.Context(), leaf(t, g, 1).SerialNumber.Text(16), "keyCompromise")
+		},
+	} {
+		o.must(t, do(alice))
+		events, err := o.admin.Events(t.Context(), 0)
+		o.must(t, err)
+		if last := events[len(events)-1]; !strings.Contains(last.Detail, what) || !strings.HasSuffix(last.Detail, ", by alice") {
+			t.Errorf("%s: %+v", what, last)
+		}
+	}
+	if _, err := o.enrol(t, o.dev, "a"); err == nil {
+		t.Error("a suspended agent was certified")
+	}
+	events, err := o.admin.Events(t.Context(), 0)
+	o.must(t, err)
+	if last := events[len(events)-1]; strings.Contains(last.Detail, ", by") {
+		t.Errorf("a host's exchange is an administrator's: %+v", last)
+	}
+}
+
+// TestRefusalsAreCounted: also those that are not in the decision log.
+func TestRefusalsAreCounted(t *testing.T) {
+	o := newOffice(t)
+	g, err := o.enrol(t, o.dev, "a")
+	o.must(t, err)
+	for range 70 {
+		_, _ = o.enrol(t, o.dev, "nobody")
+	}
+	if _, err := issuer.NewClient("https://"+o.addresses.Admin, o.ca, tls.Certificate{Certificate: g.Certificates[1].Chain, PrivateKey: o.dev.Keys["tls"]}).Devices(t.Context()); err == nil {
+		t.Error("an agent is an administrator")
+	}
+	res, err := http.Get("http://" + o.addresses.Metrics + "/metrics")
+	o.must(t, err)
+	defer res.Body.Close()
+	b, err := io.ReadAll(res.Body)
+	o.must(t, err)
+	for _, want := range []string{`inkan_issuer_refusals_total{check="G7"}`, `inkan_issuer_refusals_total{check="G3"} 1`} {
+		if !strings.Contains(string(b), want) {
+			t.Errorf("%s is missing", want)
+		}
+	}
+}
+
+// TestRefusalOfWhoLeft: a host that hangs up is in the decision log all the same.
+func TestRefusalOfWhoLeft(t *testing.T) {
+	o := newOffice(t)
+	gone, leave := context.WithCancel(t.Context())
+	leave()
+	issuer.Decide(gone, o.issuer, "a", &attest.Refusal{Check: "K3", Detail: "gone"})
+	events, err := o.admin.Events(t.Context(), 0)
+	o.must(t, err)
+	if last := events[len(events)-1]; last.Check != "K3" {
+		t.Errorf("the log ends with %+v", last)
+	}
+}
+
+// TestInventoryOfAnotherProgram: one that lacks what this program asks of it is
+// refused when it is opened, not at the first agent.
+func TestInventoryOfAnotherProgram(t *testing.T) {
+	o := newOffice(t)
+	issuer.Exec(t, o.issuer, "ALTER TABLE device DROP COLUMN unattested")
+	if i, err := o.again(); err == nil || !strings.Contains(err.Error(), "unattested") {
+		t.Errorf("it was opened: %v", err)
+		if i != nil {
+			_ = i.Close()
+		}
+	}
+}
