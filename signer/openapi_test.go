@@ -9,11 +9,15 @@ import (
 	"net"
 	"net/http"
 	"net/url"
+	"reflect"
 	"strings"
 	"testing"
 
 	"github.com/santhosh-tekuri/jsonschema/v6"
 
+	"inkan/audit"
+	"inkan/scope"
+	"inkan/signer"
 	"inkan/signer/client"
 )
 
@@ -141,5 +145,33 @@ func TestOpenAPI(t *testing.T) {
 	}
 	for o := range operations {
 		t.Errorf("%s was not asked", o)
+	}
+
+	// What is not always there has its place in the document too.
+	components := doc.(map[string]any)["components"].(map[string]any)["schemas"].(map[string]any)
+	properties := func(schema any) map[string]any { return schema.(map[string]any)["properties"].(map[string]any) }
+	ofStatus := properties(components["status"])
+	ofAgent := properties(ofStatus["agents"].(map[string]any)["items"])
+	for _, c := range []struct {
+		kind       reflect.Type
+		properties map[string]any
+	}{
+		{reflect.TypeFor[signer.AgentInfo](), properties(components["agent"])},
+		{reflect.TypeFor[signer.Status](), ofStatus},
+		{reflect.TypeFor[signer.ClockStatus](), properties(ofStatus["clock"])},
+		{reflect.TypeFor[signer.AgentStatus](), ofAgent},
+		{reflect.TypeFor[signer.ReserveStatus](), properties(ofAgent["reserve"])},
+		{reflect.TypeFor[audit.Anchoring](), properties(ofAgent["rollback"])},
+		{reflect.TypeFor[signer.DeviceStatus](), properties(components["device"])},
+		{reflect.TypeFor[scope.Utilisation](), properties(components["utilisation"])},
+		{reflect.TypeFor[scope.Controls](), properties(components["controls"])},
+		{reflect.TypeFor[signer.Receipt](), properties(components["receipt"])},
+	} {
+		for _, f := range reflect.VisibleFields(c.kind) {
+			name, _, _ := strings.Cut(f.Tag.Get("json"), ",")
+			if name != "" && c.properties[name] == nil {
+				t.Errorf("%v: the document does not have %s", c.kind, name)
+			}
+		}
 	}
 }
