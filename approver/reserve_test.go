@@ -1,12 +1,16 @@
 package approver_test
 
 import (
+	"bytes"
 	"database/sql"
+	"errors"
 	"fmt"
+	mrand "math/rand/v2"
 	"net/http"
 	"net/http/httptest"
 	"os"
 	"path/filepath"
+	"slices"
 	"strings"
 	"testing"
 	"time"
@@ -253,4 +257,55 @@ func TestReserveConfig(t *testing.T) {
 			t.Errorf("%s: %v, %q is expected", text, err, want)
 		}
 	}
+}
+
+// consentable says whether a body asks for what may be consented to, for any session.
+func consentable(body []byte, chain [][]byte) bool {
+	q, err := approver.ParseConsentRequest(body)
+	return err == nil && slices.EqualFunc(q.Chain, chain, bytes.Equal)
+}
+
+// TestFuzzedConsents: changed requests get no consent, and each a refusal.
+func TestFuzzedConsents(t *testing.T) {
+	d, reserve := withReserve(t)
+	honest := consentRequest(reserve)
+	m := &mutator{Rand: mrand.New(mrand.NewPCG(3, 4)), honest: []*approver.Request{honest}, other: newDesk(t).request(nil).Chain}
+	ask := func(body []byte) error {
+		q, err := approver.ParseConsentRequest(body)
+		if err == nil {
+			_, err = d.approver.Consent(t.Context(), d.client, q)
+		}
+		return err
+	}
+	for n := 0; n < 5000; {
+		body := m.request()
+		if consentable(body, honest.Chain) {
+			continue
+		}
+		n++
+		var refusal *scope.Refusal
+		if err := ask(body); err == nil {
+			t.Errorf("a consent for %.400s", body)
+		} else if !errors.As(err, &refusal) {
+			t.Errorf("%v, a refusal is expected, for %.400s", err, body)
+		}
+	}
+	if err := ask(mustJSON(honest)); err != nil {
+		t.Errorf("afterwards: %v", err)
+	}
+}
+
+func FuzzParseConsentRequest(f *testing.F) {
+	nonce := strings.Repeat("A", 43) + "="
+	f.Add([]byte(`{"chain":["AA=="],"nonce":"` + nonce + `"}`))
+	f.Add([]byte(`{"chain":[],"nonce":null}`))
+	f.Fuzz(func(t *testing.T, b []byte) {
+		q, err := approver.ParseConsentRequest(b)
+		if err != nil {
+			return
+		}
+		if len(q.Chain) == 0 || len(q.Nonce) != attest.NonceTPMSize || len(q.Statement) != 0 || len(q.Entries) != 0 {
+			t.Errorf("%q was taken as %+v", b, q)
+		}
+	})
 }
