@@ -303,9 +303,24 @@ func TestOutOfScope(t *testing.T) {
 // can and prints each number once it is acknowledged.
 const childEnv = "INKAN_AUDIT_CHILD"
 
+// readerEnv has the test binary read a record, as another user.
+const readerEnv = "INKAN_AUDIT_READER"
+
 func TestMain(m *testing.M) {
 	if path := os.Getenv(childEnv); path != "" {
 		os.Exit(child(path))
+	}
+	if path := os.Getenv(readerEnv); path != "" {
+		s, err := audit.OpenSnapshot(context.Background(), path)
+		if err != nil {
+			fmt.Println(err)
+			os.Exit(1)
+		}
+		for e, err := range s.Entries(context.Background()) {
+			fmt.Println(e.Counter, err)
+		}
+		s.Close()
+		os.Exit(0)
 	}
 	os.Exit(m.Run())
 }

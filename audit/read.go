@@ -110,8 +110,21 @@ func OpenSnapshot(ctx context.Context, path string) (_ *Snapshot, err error) {
 	if _, err := os.Stat(path); err != nil {
 		return nil, err
 	}
+	s, err := open(ctx, path, sqlite.OpenReadOnly)
+	if !sqlite.NotWritable(err) {
+		return s, err
+	}
+	// SQLite makes a file beside one that was written ahead. Where it may not, and there
+	// is nothing but the file, that is all there is to read.
+	if fi, again := os.Stat(path + "-wal"); again == nil && fi.Size() > 0 || again != nil && !errors.Is(again, os.ErrNotExist) {
+		return nil, err
+	}
+	return open(ctx, path, sqlite.OpenUnwritten)
+}
+
+func open(ctx context.Context, path string, how func(path string) (*sql.DB, error)) (_ *Snapshot, err error) {
 	s := &Snapshot{}
-	if s.db, err = sqlite.OpenReadOnly(path); err != nil {
+	if s.db, err = how(path); err != nil {
 		return nil, err
 	}
 	defer func() {

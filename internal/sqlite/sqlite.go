@@ -31,7 +31,7 @@ func Open(path string, pragmas ...string) (*sql.DB, error) {
 		return nil, err
 	}
 	var b strings.Builder
-	fmt.Fprintf(&b, "file:%s?_txlock=immediate", path)
+	fmt.Fprintf(&b, "file:%s?_txlock=immediate", escaper.Replace(path))
 	// The log goes into the file after each 4000 pages: with fewer, more commits are slow for it.
 	for _, p := range append([]string{"journal_mode(WAL)", "synchronous(FULL)", "wal_autocheckpoint(4000)", "busy_timeout(5000)"}, pragmas...) {
 		b.WriteString("&_pragma=" + p)
@@ -42,7 +42,23 @@ func Open(path string, pragmas ...string) (*sql.DB, error) {
 // OpenReadOnly opens the database at path, which another process may be writing,
 // and anybody may have written.
 func OpenReadOnly(path string) (*sql.DB, error) {
-	return sql.Open("sqlite", "file:"+path+"?mode=ro&_pragma=busy_timeout(5000)&_pragma=query_only(1)&_pragma=trusted_schema(0)&_pragma=cell_size_check(1)")
+	return sql.Open("sqlite", "file:"+escaper.Replace(path)+"?mode=ro&_pragma=busy_timeout(5000)&_pragma=query_only(1)&_pragma=trusted_schema(0)&_pragma=cell_size_check(1)")
+}
+
+// OpenUnwritten is OpenReadOnly where nothing can be written beside the file, such
+// as on a medium that is read-only. It reads the file alone, without a write-ahead
+// log, so nobody may be writing it.
+func OpenUnwritten(path string) (*sql.DB, error) {
+	return sql.Open("sqlite", "file:"+escaper.Replace(path)+"?mode=ro&immutable=1&_pragma=query_only(1)&_pragma=trusted_schema(0)&_pragma=cell_size_check(1)")
+}
+
+// escaper keeps what has a meaning in the URI of a file from having one in a path.
+var escaper = strings.NewReplacer("%", "%25", "?", "%3f", "#", "%23")
+
+// NotWritable says whether an error is that something must be written to read.
+func NotWritable(err error) bool {
+	e, ok := errors.AsType[*sqlite.Error](err)
+	return ok && (e.Code()&0xff == sqlite3.SQLITE_READONLY || e.Code()&0xff == sqlite3.SQLITE_CANTOPEN)
 }
 
 // Bound has the connection refuse values and rows of more bytes.
