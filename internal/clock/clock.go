@@ -33,6 +33,9 @@ const (
 	// tolerance is by how much the clock may have been set before it counts: a
 	// leap second is less, and to pull the clock slowly pulls the boot clock along.
 	tolerance = time.Second + 100*time.Millisecond
+
+	// within is how far from UTC a source may have the clock that agrees with it.
+	within = time.Second
 )
 
 // Watch watches the clock. It is safe for concurrent use.
@@ -198,8 +201,8 @@ func (w *Watch) Run(ctx context.Context) {
 	}
 }
 
-// sample asks the source. After the clock was set, a source that has it within
-// the tolerance again, and a kernel that is synchronised since, agree with it.
+// sample asks the source. After the clock was set, a source that has it right
+// again, and a kernel that is synchronised since, agree with it.
 func (w *Watch) sample(ctx context.Context) {
 	ctx, cancel := context.WithTimeout(ctx, 5*time.Second)
 	defer cancel()
@@ -208,7 +211,7 @@ func (w *Watch) sample(ctx context.Context) {
 	w.mu.Unlock()
 	state, why := w.query(ctx)
 	wall, boot, err := w.read()
-	agrees := err == nil && state != nil && time.Duration(state.Divergence)*time.Microsecond <= tolerance && w.synced()
+	agrees := err == nil && state != nil && time.Duration(state.Divergence)*time.Microsecond <= within && w.synced()
 	w.mu.Lock()
 	defer w.mu.Unlock()
 	w.state, w.why, w.at = state, why, boot
@@ -275,7 +278,7 @@ func parseTracking(text string) (*scope.Clock, error) {
 		seconds[i] = max(d.Seconds(), -d.Seconds())
 	}
 	micros := (seconds[0] + seconds[1]/2 + seconds[2]) * 1e6
-	if micros > 86400e6 {
+	if micros >= 86400e6 { // a statement says at most a day, and this is rounded up
 		return nil, fmt.Errorf("chrony says that the clock is more than a day off")
 	}
 	return &scope.Clock{Source: scope.ClockChrony, Divergence: uint64(micros) + 1}, nil

@@ -66,7 +66,12 @@ func TestJump(t *testing.T) {
 		if got := w.Time(); !got.Equal(should.Add(time.Hour)) {
 			t.Errorf("set by %s: an hour later the time is %s", by, got)
 		}
-		h.synced = true
+		h.synced, h.state = true, &scope.Clock{Source: scope.ClockChrony, Divergence: 1_000_001}
+		w.sample(t.Context())
+		if _, jump, _ := w.Now(); jump == nil {
+			t.Errorf("set by %s: a source that has it more than a second from UTC agrees", by)
+		}
+		h.state = &scope.Clock{Source: scope.ClockChrony, Divergence: 1_000_000}
 		w.sample(t.Context())
 		if _, jump, _ := w.Now(); jump != nil {
 			t.Errorf("set by %s: the source agrees: %v", by, jump)
@@ -206,7 +211,8 @@ func TestTracking(t *testing.T) {
 		t.Errorf("%+v, %v", c, err)
 	}
 	for _, bad := range []string{"", "506 Cannot talk to daemon", strings.Replace(line, "Normal", "Not synchronised", 1), strings.Replace(line, "0.000400000", "NaN", 1),
-		strings.Replace(line, "0.000400000", "1e300", 1), strings.Replace(line, "-0.000012500", "", 1), line + ",more"} {
+		strings.Replace(line, "0.000400000", "1e300", 1), strings.Replace(line, "-0.000012500", "", 1), line + ",more",
+		strings.NewReplacer("-0.000012500", "86400", "0.000400000", "0", "0.000100000", "0").Replace(line)} {
 		if c, err := parseTracking(bad); err == nil {
 			t.Errorf("%q: %+v", bad, c)
 		}
@@ -216,7 +222,7 @@ func TestTracking(t *testing.T) {
 func FuzzTracking(f *testing.F) {
 	f.Add("C0000201,192.0.2.1,3,1795800602.5,-0.0000125,0.000001,0.000003,-1.234,0.001,0.050,0.0004,0.0001,64.2,Normal")
 	f.Fuzz(func(t *testing.T, text string) {
-		if c, err := parseTracking(text); err == nil && c.Divergence > 86400*1e6+1 {
+		if c, err := parseTracking(text); err == nil && c.Divergence > 86400*1e6 {
 			t.Errorf("%q: %+v", text, c)
 		}
 	})
