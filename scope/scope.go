@@ -168,6 +168,15 @@ func ParseYAML(b []byte) (*Scope, error) {
 // behind the certificate: then there must be some.
 func (s *Scope) BoundsAttestation() bool { return s.doc.AttestationS != 0 }
 
+// ReferenceSource is who states the prices that the collar is around; empty where
+// there is no collar.
+func (s *Scope) ReferenceSource() string {
+	if s.doc.Collar == nil {
+		return ""
+	}
+	return s.doc.Collar.Source
+}
+
 // ParseCanonical reads a scope and refuses every spelling but the canonical
 // one. It is for scopes in certificates.
 func ParseCanonical(b []byte) (*Scope, error) {

@@ -207,7 +207,7 @@ func (a *Agent) Act(ctx context.Context, body []byte, run *scope.Run, authorizat
 	if env.Clock, refusal = a.clockRefuses(action); refusal != nil {
 		return nil, a.refuse(ctx, action, refusal, cred, run)
 	}
-	if env.Reference, err = a.prices.find(action.Instrument()); err != nil {
+	if env.Reference, err = a.prices.find(cred.scope, action); err != nil {
 		return nil, a.refuse(ctx, action, &scope.Refusal{Rule: scope.RuleReferenceMissing, Message: err.Error()}, cred, run)
 	}
 	permit, err := scope.Check(cred.scope, action, env)

@@ -32,9 +32,13 @@ type priceFile struct {
 
 	mu     sync.Mutex
 	file   fileVersion
-	prices map[string]*scope.ReferencePrice
+	prices map[priceName]*scope.ReferencePrice
 	err    error
 }
+
+// priceName is what a reference price is known by. One without source is of
+// whichever source is the last in the file, one without currency of whichever currency.
+type priceName struct{ instrument, currency, source string }
 
 func openPrices(path, keyFile string) (*priceFile, error) {
 	if path == "" {
@@ -60,8 +64,10 @@ func openPrices(path, keyFile string) (*priceFile, error) {
 	return p, nil
 }
 
-// find returns the reference price of an instrument, or nil.
-func (p *priceFile) find(instrument string) (*scope.ReferencePrice, error) {
+// find returns the reference price for an action under a scope, or nil. If there is
+// none of the scope's source in the order's currency it is another one of the instrument's, for
+// the refusal to tell, or for a policy that names the source.
+func (p *priceFile) find(s *scope.Scope, a *scope.Action) (*scope.ReferencePrice, error) {
 	if p == nil {
 		return nil, nil
 	}
@@ -75,10 +81,19 @@ func (p *priceFile) find(instrument string) (*scope.ReferencePrice, error) {
 		p.file = v
 		p.prices, p.err = p.read()
 	}
-	return p.prices[instrument], p.err
+	if a.Order == nil {
+		return nil, p.err
+	}
+	instrument := a.Instrument()
+	for _, n := range [...]priceName{{instrument, a.Order.Currency, s.ReferenceSource()}, {instrument, a.Order.Currency, ""}, {instrument, "", ""}} {
+		if found := p.prices[n]; found != nil {
+			return found, p.err
+		}
+	}
+	return nil, p.err
 }
 
-func (p *priceFile) read() (map[string]*scope.ReferencePrice, error) {
+func (p *priceFile) read() (map[priceName]*scope.ReferencePrice, error) {
 	b, err := os.ReadFile(p.path)
 	if err != nil || len(b) > maxPrices {
 		return nil, errors.New("the file of reference prices cannot be read, or is too large")
@@ -99,10 +114,11 @@ func (p *priceFile) read() (map[string]*scope.ReferencePrice, error) {
 	if err := strictjson.UnmarshalYAML(b, maxPrices, &list); err != nil {
 		return nil, fmt.Errorf("the reference prices: %w", err)
 	}
-	out := make(map[string]*scope.ReferencePrice, len(list))
+	out := make(map[priceName]*scope.ReferencePrice, 3*len(list))
 	for i := range list {
 		list[i].Time = list[i].Time.UTC().Truncate(time.Microsecond)
-		out[list[i].Instrument] = &list[i]
+		x := &list[i]
+		out[priceName{x.Instrument, x.Currency, x.Source}], out[priceName{x.Instrument, x.Currency, ""}], out[priceName{x.Instrument, "", ""}] = x, x, x
 	}
 	return out, nil
 }

@@ -456,7 +456,9 @@ func TestReferencePrices(t *testing.T) {
 	dir := t.TempDir()
 	prices := filepath.Join(dir, "prices.json")
 	write := func(price string) {
-		b, _ := json.Marshal([]scope.ReferencePrice{{Instrument: "isin:FR0000120271", Price: decimal(t, price), Currency: "EUR", Source: "XPAR", Time: time.Now().UTC().Add(-time.Second)}})
+		now := time.Now().UTC().Add(-time.Second)
+		b, _ := json.Marshal([]scope.ReferencePrice{{Instrument: "isin:FR0000120271", Price: decimal(t, price), Currency: "EUR", Source: "XPAR", Time: now},
+			{Instrument: "isin:FR0000120271", Price: decimal(t, "55"), Currency: "USD", Source: "XPAR", Time: now}, {Instrument: "isin:FR0000120271", Price: decimal(t, "50"), Currency: "EUR", Source: "XLON", Time: now}})
 		if err := os.WriteFile(prices, b, 0o600); err != nil {
 			t.Fatal(err)
 		}
