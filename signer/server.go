@@ -84,7 +84,7 @@ func (s *Signer) Serve(ctx context.Context, ready func()) error {
 		MaxHeaderBytes: server.MaxHeaderBytes, ErrorLog: server.ErrorLog, ConnContext: server.ConnContext}
 	servers = append(servers, started)
 	go func() { errs <- started.Serve(s.bound) }()
-	go func() { errs <- server.Serve(&callerListener{l, s.log}) }()
+	go func() { errs <- server.Serve(&callerListener{Listener: l, log: s.log, most: perUser}) }()
 	ready()
 	notify(daemon.SdNotifyReady)
 	select {
@@ -106,10 +106,18 @@ func (s *Signer) Serve(ctx context.Context, ready func()) error {
 // notify tells systemd; without systemd there is nobody to tell.
 func notify(state string) { _, _ = daemon.SdNotify(false, state) }
 
+// perUser bounds the connections of one user: each takes two descriptors, of which
+// the signer would have none left for others.
+const perUser = 1024
+
 // callerListener identifies who opens a connection.
 type callerListener struct {
 	net.Listener
-	log *slog.Logger
+	log  *slog.Logger
+	most int // connections of a user
+
+	mu   sync.Mutex
+	open map[uint32]int // by user
 }
 
 // callerConn is a connection of an identified process; peer is nil if it could
@@ -118,26 +126,51 @@ type callerConn struct {
 	*caller.Conn
 	peer  *peer
 	once  sync.Once
+	leave func()
 	watch *os.File // ends the connection with its process; nil: the connection is not bound to it
 }
 
 func (l *callerListener) Accept() (net.Conn, error) {
-	c, err := l.Listener.Accept()
-	if err != nil {
-		return nil, err
+	for {
+		c, err := l.Listener.Accept()
+		if err != nil {
+			return nil, err
+		}
+		u := c.(*net.UnixConn)
+		p, err := caller.Identify(u)
+		if err != nil {
+			l.log.Error("a caller could not be identified", "error", err)
+			return &callerConn{Conn: caller.NewConn(u, nil), leave: func() {}}, nil
+		}
+		conn := &callerConn{Conn: caller.NewConn(u, p), peer: &peer{Process: p}, leave: func() { l.count(p.UID, -1) }}
+		if l.count(p.UID, 1) <= l.most {
+			return conn, nil
+		}
+		_ = conn.Close() // it was not served
 	}
-	u := c.(*net.UnixConn)
-	p, err := caller.Identify(u)
-	if err != nil {
-		l.log.Error("a caller could not be identified", "error", err)
-		return &callerConn{Conn: caller.NewConn(u, nil)}, nil
+}
+
+// count counts a user's connections, and says once that they are too many.
+func (l *callerListener) count(uid uint32, more int) int {
+	l.mu.Lock()
+	defer l.mu.Unlock()
+	if l.open == nil {
+		l.open = make(map[uint32]int)
 	}
-	return &callerConn{Conn: caller.NewConn(u, p), peer: &peer{Process: p}}, nil
+	n := l.open[uid] + more
+	if l.open[uid] = n; n == 0 {
+		delete(l.open, uid)
+	}
+	if more > 0 && n == l.most {
+		l.log.Warn("a user has as many connections as one may, more are closed", "uid", uid, "connections", n)
+	}
+	return n
 }
 
 func (c *callerConn) Close() error {
 	err := c.Conn.Close()
 	c.once.Do(func() {
+		c.leave()
 		if c.watch != nil {
 			_ = c.watch.Close() // nothing is written to it
 		}
