@@ -7,6 +7,7 @@ import (
 	"errors"
 	"fmt"
 	"io"
+	"log/slog"
 	"maps"
 	"os"
 	"path/filepath"
@@ -380,8 +381,9 @@ func (h *host) Renew(ctx context.Context, agent string) ([]*x509.Certificate, ti
 }
 
 // credentials loads an agent's key and certificate; an agent without a valid
-// certificate for its key is enrolled first.
-func (h *host) credentials(ctx context.Context, agent string) (signer.Credentials, error) {
+// certificate for its key is enrolled first. If it cannot be, and had one, it signs nothing
+// until it is renewed, and does not keep the other agents from it.
+func (h *host) credentials(ctx context.Context, agent string, log *slog.Logger) (signer.Credentials, error) {
 	state, err := signer.OpenState(h.config.StateDir, agent)
 	if err != nil {
 		return signer.Credentials{}, err
@@ -394,16 +396,25 @@ func (h *host) credentials(ctx context.Context, agent string) (signer.Credential
 	if err != nil {
 		return signer.Credentials{}, err
 	}
-	current := len(chain) > 0 && time.Now().Before(chain[0].NotAfter)
-	if current {
-		// A kill between a new key and its certificate leaves that of the key before.
-		if current, err = h.certified(state, external[attest.PurposeAction], chain[0]); err != nil {
-			return signer.Credentials{}, fmt.Errorf("agent %s: %w", agent, err)
+	// A kill between a new key and its certificate leaves that of the key before.
+	ours := func() (bool, error) {
+		if len(chain) == 0 {
+			return false, nil
 		}
+		return h.certified(state, external[attest.PurposeAction], chain[0])
 	}
-	if !current {
-		if chain, _, err = h.enrol(ctx, agent); err != nil {
-			return signer.Credentials{}, fmt.Errorf("enrolling agent %s: %w", agent, err)
+	certified, err := ours()
+	if err != nil {
+		return signer.Credentials{}, fmt.Errorf("agent %s: %w", agent, err)
+	}
+	if !certified || !time.Now().Before(chain[0].NotAfter) {
+		fresh, _, failed := h.enrol(ctx, agent)
+		if failed == nil {
+			chain = fresh
+		} else if certified, err = ours(); err != nil || !certified || ctx.Err() != nil {
+			return signer.Credentials{}, fmt.Errorf("enrolling agent %s: %w", agent, failed)
+		} else {
+			log.ErrorContext(ctx, "the agent's certificate is over and was not renewed", "agent", agent, "not_after", chain[0].NotAfter, "error", failed)
 		}
 	}
 	if k := external[attest.PurposeAction]; k != nil {
@@ -624,13 +635,13 @@ func signerServe(e *env, c *cli.Context) error {
 		return err
 	}
 	defer h.close()
-	credentials := make(map[string]signer.Credentials)
+	credentials, log := make(map[string]signer.Credentials), logger(e)
 	for _, a := range config.Agents {
-		if credentials[a.Name], err = h.credentials(c.Context, a.Name); err != nil {
+		if credentials[a.Name], err = h.credentials(c.Context, a.Name, log); err != nil {
 			return err
 		}
 	}
-	s, err := signer.Open(c.Context, config, credentials, h, logger(e))
+	s, err := signer.Open(c.Context, config, credentials, h, log)
 	if err != nil {
 		return err
 	}
