@@ -34,12 +34,16 @@ type Attributes struct {
 	Extractable      *bool  `json:"extractable"`
 	AlwaysSensitive  *bool  `json:"always_sensitive"`
 	NeverExtractable *bool  `json:"never_extractable"`
-	Local            *bool  `json:"local"` // reported or not: NSS never sets it
+	Local            *bool  `json:"local"`              // reported or not: NSS never sets it
+	Unusable         string `json:"unusable,omitempty"` // why else it is not used
 }
 
 // Check refuses a key that may have been outside of its token, or may leave
-// it. The error is an *AttributeError. A token's word is a declaration, no proof.
+// it, by an *AttributeError, or that cannot be used. A token's word is a declaration, no proof.
 func (a *Attributes) Check() error {
+	if a.Unusable != "" {
+		return errors.New(a.Unusable)
+	}
 	for _, rule := range []struct {
 		name string
 		got  *bool

@@ -79,3 +79,37 @@ func TestNoCore(t *testing.T) {
 		}
 	}
 }
+
+// TestAmbiguousKeys: of two keys under one CKA_ID none is used, nor one whose public
+// key is not there; and the list says why, in place of leaving them out.
+func TestAmbiguousKeys(t *testing.T) {
+	s := simulator.SoftHSMForTest(t)
+	b, err := os.ReadFile(s.PINFile)
+	if err != nil {
+		t.Fatal(err)
+	}
+	p11 := func(args ...string) {
+		t.Helper()
+		tool(t, []string{"SOFTHSM2_CONF=" + s.Config}, "pkcs11-tool", append([]string{"--module", s.Module, "--token-label", s.Label, "--login", "--pin", strings.TrimSpace(string(b))}, args...)...)
+	}
+	for _, id := range []string{"01", "02", "02", "03"} {
+		p11("--keypairgen", "--key-type", "EC:prime256v1", "--sensitive", "--id", id)
+	}
+	p11("--delete-object", "--type", "pubkey", "--id", "03")
+	token := open(t, s, options(s))
+	list, err := token.List()
+	if err != nil || len(list) != 4 {
+		t.Errorf("%d keys, %v", len(list), err)
+	}
+	for _, a := range list {
+		err := a.Check()
+		if want := map[byte]string{2: "2 private keys have this CKA_ID", 3: "0 public keys have"}[a.ID[0]]; (err == nil) != (want == "") || err != nil && !strings.Contains(err.Error(), want) {
+			t.Errorf("key %x: %v, want %q", a.ID, err, want)
+		}
+	}
+	for id, want := range map[byte]error{1: nil, 2: hsm.ErrNotFound, 3: hsm.ErrNotFound} {
+		if _, err := token.Key([]byte{id}); !errors.Is(err, want) {
+			t.Errorf("key %d: %v", id, err)
+		}
+	}
+}

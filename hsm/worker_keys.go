@@ -70,20 +70,31 @@ func (w *worker) list(s pkcs11.SessionHandle) ([]Attributes, error) {
 		return nil, fmt.Errorf("the token has more than %d private keys", maxKeys)
 	}
 	var out []Attributes
+	same := make(map[string]int)
 	for _, h := range priv {
 		a, _, err := w.read(s, h)
 		if _, ok := errors.AsType[pkcs11.Error](err); ok {
 			return nil, err
 		}
-		if err == nil { // keys of kinds that are not signed with are not listed
-			out = append(out, *a)
+		if a == nil {
+			continue
+		}
+		if err != nil {
+			a.Unusable = err.Error()
+		}
+		same[string(a.ID)]++
+		out = append(out, *a)
+	}
+	for i := range out {
+		if n := same[string(out[i].ID)]; n > 1 {
+			out[i].Unusable = fmt.Sprintf("%d private keys have this CKA_ID, exactly one must", n)
 		}
 	}
 	return out, nil
 }
 
 // read returns what the token says of a private key, with the public key that
-// has the same CKA_ID.
+// has the same CKA_ID. Where that is not to be had the rest is there, and an error.
 func (w *worker) read(s pkcs11.SessionHandle, h pkcs11.ObjectHandle) (*Attributes, uint, error) {
 	got, err := w.p11.GetAttributeValue(s, h, []*pkcs11.Attribute{
 		pkcs11.NewAttribute(pkcs11.CKA_ID, nil), pkcs11.NewAttribute(pkcs11.CKA_LABEL, nil), pkcs11.NewAttribute(pkcs11.CKA_KEY_TYPE, nil),
