@@ -120,6 +120,7 @@ type Approver struct {
 	log        *slog.Logger
 	metrics    *metrics
 	now        func() time.Time
+	places     map[string]chan struct{} // for requests, by agent; "" is of all who are none
 
 	mu    sync.RWMutex
 	known map[[32]byte]*credential // by the SHA-256 of the chain
@@ -153,7 +154,11 @@ func New(c *Config, key crypto.Signer, roots *x509.CertPool, revocation verify.R
 	if c.Kills != "" {
 		kills = &verify.KillList{Load: verify.HTTPLoader(c.Kills), MaxAge: c.maxKillAge}
 	}
-	return &Approver{kills: kills, config: c, key: key, signing: signing, ref: attest.PolicyRef(c.TrustDomain), roots: roots, revocation: revocation, record: record, log: log, metrics: newMetrics(), now: time.Now,
+	places := map[string]chan struct{}{"": make(chan struct{}, atATime)}
+	for agent := range c.agents {
+		places[agent] = make(chan struct{}, atATime)
+	}
+	return &Approver{places: places, kills: kills, config: c, key: key, signing: signing, ref: attest.PolicyRef(c.TrustDomain), roots: roots, revocation: revocation, record: record, log: log, metrics: newMetrics(), now: time.Now,
 		known: make(map[[32]byte]*credential)}, nil
 }
 

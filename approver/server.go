@@ -15,6 +15,7 @@ import (
 	"time"
 
 	"inkan/attest"
+	"inkan/internal/postgres"
 	"inkan/internal/problem"
 	"inkan/scope"
 	"inkan/verify/source"
@@ -138,6 +139,12 @@ func (a *Approver) answer(w http.ResponseWriter, r *http.Request, parse func([]b
 		a.fail(w, r, refuse(RuleClient, "a TLS client certificate is needed"))
 		return
 	}
+	leave, ok := a.enter(r)
+	if !ok {
+		problem.Write(w, problem.Problem{Status: http.StatusTooManyRequests, Detail: fmt.Sprintf("more than %d requests at a time, and none ended for %s", atATime, postgres.Patience)})
+		return
+	}
+	defer leave()
 	body, err := io.ReadAll(io.LimitReader(r.Body, MaxRequest+1))
 	if err != nil {
 		problem.Write(w, problem.Problem{Status: http.StatusBadRequest, Detail: "the request's body could not be read"})
@@ -157,6 +164,28 @@ func (a *Approver) answer(w http.ResponseWriter, r *http.Request, parse func([]b
 		return
 	}
 	problem.JSON(w, http.StatusOK, out)
+}
+
+// atATime is how many requests of one agent are read and decided at a time. A
+// body takes some of the memory that all agents share.
+const atATime = 8
+
+// enter waits for a place among the requests of the same agent. Those who are
+// no agents here share the places of one.
+func (a *Approver) enter(r *http.Request) (leave func(), ok bool) {
+	place := a.places[""]
+	if list := r.TLS.VerifiedChains[0][0].URIs; len(list) == 1 && a.places[list[0].String()] != nil {
+		place = a.places[list[0].String()]
+	}
+	late := time.NewTimer(postgres.Patience)
+	defer late.Stop()
+	select {
+	case place <- struct{}{}:
+		return func() { <-place }, true
+	case <-late.C:
+	case <-r.Context().Done():
+	}
+	return nil, false
 }
 
 // fail answers with a refusal or an error; either is in the log.
