@@ -453,3 +453,23 @@ func TestKilledBesideOthers(t *testing.T) {
 		t.Errorf("%+v, %v", r, err)
 	}
 }
+
+// TestCopiedWhileWritten: a copy of a journal that somebody writes, or that a
+// crash ended, may end in the middle of a line, and stands.
+func TestCopiedWhileWritten(t *testing.T) {
+	b := newBench(t)
+	b.signs(t, "one")
+	b.testify(t)
+	text, err := os.ReadFile(b.path)
+	if err != nil {
+		t.Fatal(err)
+	}
+	for _, tail := range []string{`{"asked":{"key":"00`, string(make([]byte, 8<<10))} {
+		if r, err := b.verifyText(t, append(bytes.Clone(text), tail...)); err != nil || r.Signatures != 1 {
+			t.Errorf("with %.20q at its end: %+v, %v", tail, r, err)
+		}
+	}
+	if _, err := b.verifyText(t, append(bytes.Clone(text), "{\n"...)); !errors.Is(err, &journal.Contradiction{Rule: journal.RuleForm}) {
+		t.Errorf("a whole line that is none: %v", err)
+	}
+}

@@ -31,7 +31,7 @@ func NewSpan(ak string, from [32]byte) *Span {
 }
 
 // Append goes on with a part of whole lines. Its error is a [*Contradiction].
-func (s *Span) Append(lines []byte) error { return s.v.read(bytes.NewReader(lines)) }
+func (s *Span) Append(lines []byte) error { return s.v.read(bytes.NewReader(lines), false) }
 
 // End says what the span shows if its last line is the testimony to. Every
 // signature that the TPM made in between is in the journal then, but for the

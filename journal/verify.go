@@ -101,7 +101,7 @@ type verification struct {
 // was killed in between, are in the report: nothing is known about them.
 func Verify(in io.Reader, o Options) (*Report, error) {
 	v := &verification{o: o, r: &Report{}}
-	if err := v.read(in); err != nil {
+	if err := v.read(in, true); err != nil {
 		return nil, err
 	}
 	if v.open != nil {
@@ -111,14 +111,23 @@ func Verify(in io.Reader, o Options) (*Report, error) {
 	return v.r, nil
 }
 
-// read goes on with lines.
-func (v *verification) read(in io.Reader) error {
+// read goes on with lines. What follows the last end of a line may be a part of
+// one: somebody is at it, or was when it was ended, and [Open] cuts it off.
+func (v *verification) read(in io.Reader, part bool) error {
+	ended := true
 	s := bufio.NewScanner(in)
+	s.Split(func(data []byte, atEOF bool) (int, []byte, error) {
+		ended = bytes.IndexByte(data, '\n') >= 0
+		return bufio.ScanLines(data, atEOF)
+	})
 	s.Buffer(make([]byte, 0, maxLine), maxLine)
 	for s.Scan() {
 		v.line++
 		var l line
 		if err := strictjson.Unmarshal(s.Bytes(), maxLine, &l); err != nil {
+			if part && !ended && v.line > 1 {
+				break
+			}
 			return v.contradiction(RuleForm, "%v", err)
 		}
 		if err := v.next(&l); err != nil {
