@@ -4,8 +4,12 @@ import (
 	"context"
 	"crypto/tls"
 	"encoding/pem"
+	"errors"
 	"io"
+	"io/fs"
 	"net/http"
+	"os"
+	"path/filepath"
 	"strings"
 	"testing"
 
@@ -97,6 +101,34 @@ func TestInventoryOfAnotherProgram(t *testing.T) {
 		t.Errorf("it was opened: %v", err)
 		if i != nil {
 			_ = i.Close()
+		}
+	}
+}
+
+// TestInventoryIsGone: an empty inventory would make what was revoked good again,
+// so only Init makes one.
+func TestInventoryIsGone(t *testing.T) {
+	for name, spoil := range map[string]func(path string) error{
+		"removed":   os.Remove,
+		"empty":     func(path string) error { return os.Truncate(path, 0) },
+		"no SQLite": func(path string) error { return os.WriteFile(path, []byte(strings.Repeat("x", 4096)), 0o600) },
+	} {
+		o := newOffice(t)
+		elsewhere := filepath.Join(t.TempDir(), "issuer")
+		o.must(t, os.CopyFS(elsewhere, os.DirFS(o.dir)))
+		path := filepath.Join(elsewhere, "inventory.db")
+		for _, more := range []string{"-wal", "-shm"} {
+			o.must(t, os.RemoveAll(path+more))
+		}
+		o.must(t, spoil(path))
+		if i, err := o.open(elsewhere); err == nil || !strings.Contains(err.Error(), "inventory") {
+			t.Errorf("%s: it was opened: %v", name, err)
+			if i != nil {
+				_ = i.Close()
+			}
+		}
+		if fi, err := os.Stat(path); name == "removed" && !errors.Is(err, fs.ErrNotExist) {
+			t.Errorf("%s: a new one was made: %v, %v", name, fi, err)
 		}
 	}
 }

@@ -70,7 +70,7 @@ type Inventory struct{ s *store }
 
 // OpenInventory opens or makes one.
 func OpenInventory(ctx context.Context, path string) (*Inventory, error) {
-	s, err := openStore(ctx, path)
+	s, err := openStore(ctx, path, true)
 	if err != nil {
 		return nil, err
 	}

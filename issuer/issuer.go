@@ -134,6 +134,10 @@ type Issuer struct {
 
 // New opens the issuer in dir with its CA key. Close it.
 func New(ctx context.Context, dir string, c *Config, key crypto.Signer, log *slog.Logger) (*Issuer, error) {
+	return open(ctx, dir, c, key, log, false)
+}
+
+func open(ctx context.Context, dir string, c *Config, key crypto.Signer, log *slog.Logger, create bool) (*Issuer, error) {
 	i := &Issuer{config: c, key: key, log: log, now: time.Now, policyRef: attest.PolicyRef(c.TrustDomain), auth: make(map[string][]byte), epochAuth: make(map[string][]byte), metrics: newMetrics()}
 	i.sessions, i.limit = newSessions(), limiter{rate: perAddressRate, burst: perAddressBurst}
 	var err error
@@ -167,7 +171,7 @@ func New(ctx context.Context, dir string, c *Config, key crypto.Signer, log *slo
 			return nil, fmt.Errorf("issuer.yaml: regions: %w", err)
 		}
 	}
-	if i.store, err = openStore(ctx, filepath.Join(dir, inventoryFile)); err != nil {
+	if i.store, err = openStore(ctx, filepath.Join(dir, inventoryFile), create); err != nil {
 		return nil, err
 	}
 	if i.reserved, err = i.store.reserved(ctx); err != nil {
@@ -255,7 +259,7 @@ func Init(ctx context.Context, dir string, yaml []byte, name string, key crypto.
 			return err
 		}
 	}
-	i, err := New(ctx, dir, c, key, log)
+	i, err := open(ctx, dir, c, key, log, true)
 	if err != nil {
 		return err
 	}

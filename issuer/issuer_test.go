@@ -52,7 +52,8 @@ type office struct {
 	dir       string
 	issuer    *issuer.Issuer
 	again     func() (*issuer.Issuer, error) // opens it once more
-	clock     func(time.Time)                // sets its clock
+	open      func(dir string) (*issuer.Issuer, error)
+	clock     func(time.Time) // sets its clock
 	addresses issuer.Addresses
 	ca        *x509.Certificate
 	roots     *x509.CertPool
@@ -103,7 +104,8 @@ func newOffice(t testing.TB) *office {
 	if err != nil {
 		t.Fatal(err)
 	}
-	o.again = func() (*issuer.Issuer, error) { return issuer.New(t.Context(), o.dir, config, ca, log) }
+	o.open = func(dir string) (*issuer.Issuer, error) { return issuer.New(t.Context(), dir, config, ca, log) }
+	o.again = func() (*issuer.Issuer, error) { return o.open(o.dir) }
 	o.clock = issuer.Clock(i)
 	ctx, stop := context.WithCancel(context.Background())
 	ready, ended := make(chan issuer.Addresses, 1), make(chan error, 1)

@@ -192,7 +192,12 @@ type Event struct {
 
 type store struct{ db *sql.DB }
 
-func openStore(ctx context.Context, path string) (_ *store, err error) {
+// openStore opens the inventory. An empty one knows of no revocation, so that
+// one is made only where it is asked for.
+func openStore(ctx context.Context, path string, create bool) (_ *store, err error) {
+	if _, err := os.Stat(path); err != nil && !create {
+		return nil, fmt.Errorf("opening the inventory: %w: bring back a copy of it, without which what was revoked would be good again", err)
+	}
 	db, err := sqlite.Open(path, "foreign_keys(1)")
 	if err != nil {
 		return nil, err
@@ -210,6 +215,9 @@ func openStore(ctx context.Context, path string) (_ *store, err error) {
 	}
 	switch version {
 	case 0:
+		if !create {
+			return nil, errors.New("it is empty: bring back a copy of it, without which what was revoked would be good again")
+		}
 		if _, err := db.ExecContext(ctx, fmt.Sprintf("BEGIN IMMEDIATE; %s PRAGMA user_version = %d; COMMIT", schema, schemaVersion)); err != nil {
 			return nil, err
 		}
