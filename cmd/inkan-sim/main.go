@@ -37,12 +37,12 @@ func newApp(stdout, stderr io.Writer) *cli.App {
 		Writer: stdout, ErrWriter: stderr, HideHelpCommand: true, ExitErrHandler: func(*cli.Context, error) {},
 		Commands: []*cli.Command{
 			{Name: "tpm", Usage: "keep a software TPM up until interrupted; print where it is as JSON", Flags: []cli.Flag{dir}, Action: func(c *cli.Context) error { return runTPM(c.Context, stdout, c.String("dir")) }},
-			{Name: "softhsm", Usage: "make a SoftHSM token; print where it is as JSON", Flags: []cli.Flag{dir}, Action: func(c *cli.Context) error {
+			{Name: "softhsm", Usage: "make a SoftHSM token; print its URI and where it is as JSON", Flags: []cli.Flag{dir}, Action: func(c *cli.Context) error {
 				s, err := simulator.NewSoftHSM(c.Context, c.String("dir"))
 				if err != nil {
 					return err
 				}
-				return printJSON(stdout, map[string]string{"module": s.Module, "config": s.Config, "label": s.Label, "pin_file": s.PINFile})
+				return printJSON(stdout, map[string]string{"token": "pkcs11:token=" + s.Label + "?module-path=" + s.Module + "&pin-source=file:" + s.PINFile, "module": s.Module, "config": s.Config, "label": s.Label, "pin_file": s.PINFile})
 			}},
 			{Name: "demo", Usage: "from a bare host to a verified order, then attacks", Flags: []cli.Flag{inkan, asJSON, &cli.BoolFlag{Name: "hsm", Usage: "the action key is in a PKCS#11 token (SoftHSM), the host attested by its TPM"},
 				&cli.BoolFlag{Name: "approver", Usage: "the action key is in approver mode; the attacks are those of root on the host"}}, Action: func(c *cli.Context) error {
@@ -75,12 +75,9 @@ func newApp(stdout, stderr io.Writer) *cli.App {
 }
 
 func printJSON(w io.Writer, v any) error {
-	b, err := json.Marshal(v)
-	if err != nil {
-		return err
-	}
-	_, err = fmt.Fprintf(w, "%s\n", b)
-	return err
+	e := json.NewEncoder(w)
+	e.SetEscapeHTML(false) // a URI is copied as it stands
+	return e.Encode(v)
 }
 
 func runTPM(ctx context.Context, stdout io.Writer, dir string) error {

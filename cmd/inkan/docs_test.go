@@ -13,6 +13,7 @@ import (
 	"github.com/urfave/cli/v2"
 
 	"inkan/approver"
+	"inkan/internal/strictjson"
 	"inkan/scope"
 	"inkan/signer"
 	"inkan/verify/message"
@@ -112,11 +113,27 @@ func TestConfigurationsInDocuments(t *testing.T) {
 			_, err := scope.ParseYAML([]byte(block("scope.md", 0) + block("scope.md", 1)))
 			return err
 		},
+		"gate.md": func() error {
+			return strictjson.UnmarshalYAML([]byte(block("gate.md", 0)+block("gate.md", 2)), 1<<16, new(gateConfig))
+		},
+		"examples/gate.yaml":   func() error { return strictjson.UnmarshalYAML(example(t, "gate.yaml"), 1<<16, new(gateConfig)) },
+		"examples/routes.yaml": func() error { _, err := message.Parse(example(t, "routes.yaml")); return err },
+		"examples/proxy.yaml":  func() error { _, err := proxy.ParseConfig(example(t, "proxy.yaml"), dir); return err },
 	} {
 		if err := read(); err != nil {
 			t.Errorf("%s: %v", what, err)
 		}
 	}
+}
+
+// example is a file of examples.
+func example(t *testing.T, name string) []byte {
+	t.Helper()
+	b, err := os.ReadFile(filepath.Join("../../examples", name))
+	if err != nil {
+		t.Fatal(err)
+	}
+	return b
 }
 
 // remoteInDocuments reads the section remote, with the agent that calls from elsewhere, in
