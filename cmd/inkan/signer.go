@@ -465,10 +465,7 @@ func (h *host) certified(state *signer.State, external crypto.Signer, c *x509.Ce
 			return false, err
 		}
 		inTPM, err := h.dev.LoadKey(files[attest.PurposeAction], nil)
-		if errors.Is(err, tpm.ErrForeignKey) {
-			return false, nil
-		}
-		if err != nil {
+		if err != nil { // of another TPM, too: enrolling there is for an operator to ask for
 			return false, err
 		}
 		k = inTPM
