@@ -29,7 +29,15 @@ type history struct {
 	all    []past // by time of the statement, then by counter
 	book   *scope.Book
 	looked time.Time // the latest moment that the book was asked about: it answers for no earlier one
+
+	// refused are statements that were refused since all last changed, by the SHA-256 of
+	// their texts. What is refused is not used up, so it may be sent again as fast as its
+	// sender can, and to judge what arrives late takes all that the agent did.
+	refused map[[32]byte]error
 }
+
+// maxRefused bounds how many refusals are remembered.
+const maxRefused = 1024
 
 func newHistory() *history { return &history{book: scope.NewBook()} }
 
@@ -38,15 +46,39 @@ func byStatement(a, b *past) int {
 	return cmp.Or(a.use.At.Compare(b.use.At), cmp.Compare(a.use.Counter, b.use.Counter))
 }
 
-// admit says whether one more action is inside the limits over time, and returns
-// what counts it. An action that arrives after later ones is put in its place:
-// then these must be inside their limits with it before them.
-func (h *history) admit(p past) (count func(), _ error) {
-	place := len(h.all)
-	for place > 0 && byStatement(&h.all[place-1], &p) > 0 {
+// place is where an action belongs in all, and whether that is at the end, which is
+// where it costs little to judge it.
+func (h *history) place(p *past) (place int, last bool) {
+	place = len(h.all)
+	for place > 0 && byStatement(&h.all[place-1], p) > 0 {
 		place--
 	}
-	if place == len(h.all) && !p.use.At.Before(h.looked) {
+	return place, place == len(h.all) && !p.use.At.Before(h.looked)
+}
+
+// admit is judge, but for a statement with this digest that was refused before and
+// would be again.
+func (h *history) admit(p past, sum [32]byte) (count func(), _ error) {
+	if err := h.refused[sum]; err != nil {
+		return nil, err
+	}
+	add, err := h.judge(p)
+	if err == nil {
+		return func() { add(); h.refused = nil }, nil
+	}
+	if h.refused == nil || len(h.refused) >= maxRefused {
+		h.refused = make(map[[32]byte]error)
+	}
+	h.refused[sum] = err
+	return nil, err
+}
+
+// judge says whether one more action is inside the limits over time, and returns
+// what counts it. An action that arrives after later ones is put in its place:
+// then these must be inside their limits with it before them.
+func (h *history) judge(p past) (count func(), _ error) {
+	place, last := h.place(&p)
+	if last {
 		h.looked = p.use.At
 		if r := judged(h.book.Check(p.scope, p.use)); r != nil {
 			return nil, refuse(ReasonLimits, "%v", r)
@@ -78,6 +110,7 @@ func (h *history) add(list []past) {
 	if len(list) == 0 {
 		return
 	}
+	h.refused = nil
 	if first := &list[0]; inOrder && !first.use.At.Before(h.looked) && (len(h.all) == 0 || byStatement(&h.all[len(h.all)-1], first) <= 0) {
 		for i := range list {
 			h.book.Add(list[i].use)

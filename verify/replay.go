@@ -2,6 +2,7 @@ package verify
 
 import (
 	"context"
+	"crypto/sha256"
 	"errors"
 	"fmt"
 	"math"
@@ -152,7 +153,7 @@ func (m *MemoryStore) Use(_ context.Context, u Use, now time.Time) error {
 	if err := w.check(u.Counter); err != nil {
 		return err
 	}
-	count, err := h.admit(u.past())
+	count, err := h.admit(u.past(), sha256.Sum256(u.Payload))
 	if err != nil {
 		return err
 	}

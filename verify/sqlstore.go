@@ -2,6 +2,7 @@ package verify
 
 import (
 	"context"
+	"crypto/sha256"
 	"database/sql"
 	"encoding/base64"
 	"errors"
@@ -219,6 +220,20 @@ func (s *SQLStore) Use(ctx context.Context, u Use, now time.Time) error {
 	a.mu.Lock()
 	defer a.mu.Unlock()
 
+	// What arrives late takes long to judge. Other agents wait for this one's transaction (in
+	// SQLite there is one at a time), so it is judged before, by what is known here.
+	p, sum := u.past(), sha256.Sum256(u.Payload)
+	var count func()
+	var refused error
+	_, last := a.history.place(&p)
+	judged := !last
+	if judged {
+		if err := s.seen(ctx, func(q *sql.Stmt) *sql.Stmt { return q }, &u); err != nil {
+			return err
+		}
+		count, refused = a.history.admit(p, sum)
+	}
+
 	tx, err := s.db.BeginTx(ctx, nil)
 	if err != nil {
 		return err
@@ -230,17 +245,20 @@ func (s *SQLStore) Use(ctx context.Context, u Use, now time.Time) error {
 	if err := tx.StmtContext(ctx, s.next).QueryRowContext(ctx, u.Agent).Scan(&n); err != nil {
 		return err
 	}
-	if err := s.seen(ctx, tx, &u); err != nil {
+	if err := s.seen(ctx, func(q *sql.Stmt) *sql.Stmt { return tx.StmtContext(ctx, q) }, &u); err != nil {
 		return err
 	}
 	if n != a.n+1 {
 		if err := a.catchUp(ctx, tx, u.Agent); err != nil {
 			return err
 		}
+		judged = false
 	}
-	count, err := a.history.admit(u.past())
-	if err != nil {
-		return err
+	if !judged {
+		count, refused = a.history.admit(p, sum)
+	}
+	if refused != nil {
+		return refused
 	}
 	if now.Sub(a.swept) > time.Minute {
 		if _, err := tx.StmtContext(ctx, s.old).ExecContext(ctx, u.Agent, now.Add(-remembered).UnixMicro(), now.UnixMicro()); err != nil {
@@ -266,13 +284,13 @@ func (s *SQLStore) Use(ctx context.Context, u Use, now time.Time) error {
 
 // seen refuses an id or counter that was seen. The rows of a certificate are
 // kept for longer than it lives, so they have its highest counter.
-func (s *SQLStore) seen(ctx context.Context, tx *sql.Tx, u *Use) error {
+func (s *SQLStore) seen(ctx context.Context, with func(*sql.Stmt) *sql.Stmt, u *Use) error {
 	var highest int64
-	if err := tx.StmtContext(ctx, s.highest).QueryRowContext(ctx, u.Key[:]).Scan(&highest); err != nil {
+	if err := with(s.highest).QueryRowContext(ctx, u.Key[:]).Scan(&highest); err != nil {
 		return err
 	}
 	var same, any int64
-	if err := tx.StmtContext(ctx, s.same).QueryRowContext(ctx, u.ID, u.Key[:], int64(u.Counter)).Scan(&same, &any); err != nil {
+	if err := with(s.same).QueryRowContext(ctx, u.ID, u.Key[:], int64(u.Counter)).Scan(&same, &any); err != nil {
 		return err
 	}
 	switch {
