@@ -63,6 +63,10 @@ func (m *Message) Agrees(a *scope.Action, p *Profile) error {
 			continue
 		}
 		if f.tag == tagParties {
+			if said[f.tag] {
+				return differs("tag %d stands twice", f.tag)
+			}
+			said[f.tag] = true
 			n, err := m.parties(i, a.Party)
 			if err != nil {
 				return err
@@ -131,7 +135,7 @@ func agrees(f field, a *scope.Action, want map[int]string) error {
 // many fields it has after its count.
 func (m *Message) parties(at int, p *scope.Party) (int, error) {
 	count, err := strconv.Atoi(m.fields[at].value)
-	if err != nil || count < 1 || count > 16 {
+	if err != nil || count < 1 || count > 16 || strconv.Itoa(count) != m.fields[at].value {
 		return 0, differs("tag %d is %.16q: 1 to 16 parties are expected", tagParties, m.fields[at].value)
 	}
 	if p == nil {
