@@ -174,10 +174,11 @@ func (l *Log) renewBook(head Head) {
 	})
 }
 
-// lastBookOf keeps what the writer has when the log is closed.
+// lastBookOf keeps what the writer has when the log is closed, unless its book
+// was asked for a moment after the last entry: it may have forgotten what was open then.
 func (l *Log) lastBookOf(head Head) {
 	l.keeper.ended.Wait()
-	if l.Err() == nil && head.Size >= l.keeper.upTo.Load()+lastBook {
+	if l.Err() == nil && !l.seen.After(head.Time) && head.Size >= l.keeper.upTo.Load()+lastBook {
 		_ = keepBook(l.path, l.book, head.Size, head.Previous) // without it the next start takes longer
 	}
 }

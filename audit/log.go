@@ -149,6 +149,7 @@ type Log struct {
 
 	edge map[int64]tlog.Hash // the hashes that the next ones are made of; the writer's
 	book *scope.Book         // what is used of limits over time; the writer's, derived from the entries
+	seen time.Time           // up to which moment the book was asked; the writer's
 
 	anchoring *anchoring // nil: it is bound to nothing
 	path      string

@@ -530,7 +530,8 @@ func (l *Log) statement(r *request, head Head) (b []byte, s *scope.Statement, er
 	if r.permit != nil {
 		at = r.permit.Env().Now // the moment for which it was checked
 	}
-	at = later(at.UTC().Truncate(time.Microsecond), head.Time)
+	at = later(later(at.UTC().Truncate(time.Microsecond), head.Time), l.seen)
+	l.seen = at // the book forgets what is not inside a window any more, though nothing is recorded
 	id := &r.identity
 	s = &scope.Statement{
 		Version: 1, Issuer: id.Issuer, Agent: id.Agent, Counter: scope.Counter(head.Size + 1), Previous: head.Previous,
