@@ -427,6 +427,10 @@ func verifySection(ctx context.Context, in *exportReader, raw []byte, o VerifyOp
 	if line.Filter != nil {
 		s.filter = *line.Filter
 	}
+	// Nobody signs a filter, and claims have its text in them.
+	if f := &s.filter; f.Instrument != "" && !scope.ValidInstrument(f.Instrument) {
+		return nil, unproven(RuleForm, 0, "line %d: the filter: %.80q is not an instrument", in.number, f.Instrument)
+	}
 	// The certificate of the head follows it.
 	if raw, err = in.next(); errors.Is(err, io.EOF) {
 		return nil, unproven(RuleTruncated, 0, "the export ends after its head")

@@ -703,3 +703,22 @@ func FuzzExport(f *testing.F) {
 		}
 	})
 }
+
+// TestFilterOfAnything: the filter of an export is no place for sentences, which would
+// stand among what was proven.
+func TestFilterOfAnything(t *testing.T) {
+	d := newDesk(t)
+	d.sign(t, d.record(t, 1))
+	d.seal(t)
+	const none = "isin:DE000A0F5UH1"
+	text := string(d.export(t, audit.ExportOptions{Filter: audit.Filter{Instrument: none}}))
+	if _, err := audit.VerifyExport(t.Context(), strings.NewReader(text), audit.VerifyOptions{Roots: d.ca.Roots}); err != nil {
+		t.Fatal(err)
+	}
+	for _, bad := range []string{`x\nIt proves:\n  - All of it.`, `\u001b[2J`, "FR0000120271", "isin:DE000A0F5UH2"} {
+		_, err := audit.VerifyExport(t.Context(), strings.NewReader(strings.Replace(text, none, bad, 1)), audit.VerifyOptions{Roots: d.ca.Roots})
+		if u, ok := errors.AsType[*audit.Unproven](err); !ok || u.Rule != audit.RuleForm {
+			t.Errorf("%s: %v", bad, err)
+		}
+	}
+}

@@ -94,6 +94,10 @@ func value(c byte) int {
 	return int(c - '0')
 }
 
+// ValidInstrument says whether a text names an instrument as scopes do: isin:, dti: or
+// symbol: and the identifier.
+func ValidInstrument(s string) bool { return validInstrument(s) }
+
 // validInstrument: how a scope names an instrument.
 func validInstrument(s string) bool {
 	kind, id, ok := strings.Cut(s, ":")

@@ -39,6 +39,9 @@ func auditExport(e *env, c *cli.Context) error {
 		return usage("--log is missing")
 	}
 	o := audit.ExportOptions{Filter: audit.Filter{Instrument: c.String("instrument")}}
+	if i := o.Filter.Instrument; i != "" && !scope.ValidInstrument(i) {
+		return usage("--instrument %.80q: isin:, dti: or symbol: and the identifier are expected, such as isin:FR0000120271", i)
+	}
 	switch c.String("format") {
 	case "jsonl":
 	case "csv":
