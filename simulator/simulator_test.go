@@ -5,6 +5,7 @@ import (
 	"context"
 	"errors"
 	"fmt"
+	"net"
 	"os"
 	"os/exec"
 	"strings"
@@ -130,6 +131,19 @@ func TestStateIsKept(t *testing.T) {
 	if !bytes.Equal(before, after) || bytes.Equal(before, other) {
 		t.Error("roots are not kept, or two TPMs share one")
 	}
+}
+
+// TestTwice: a second one in the same place leaves the first one as it is.
+func TestTwice(t *testing.T) {
+	first := simulator.TPMForTest(t)
+	if second, err := simulator.StartTPM(t.Context(), first.Dir); err == nil || !strings.Contains(err.Error(), "one is up at "+first.Address) {
+		t.Errorf("%v, %v", second, err)
+	}
+	c, err := net.Dial("unix", first.Address)
+	if err != nil {
+		t.Fatal(err)
+	}
+	_ = c.Close() // nothing was asked
 }
 
 func TestLongPath(t *testing.T) {

@@ -62,6 +62,9 @@ func StartTPM(ctx context.Context, dir string) (*TPM, error) {
 			return nil, fmt.Errorf("manufacturing a TPM: %w", err)
 		}
 	}
+	if c, err := net.Dial("unix", t.control()); err == nil {
+		return nil, errors.Join(fmt.Errorf("starting a TPM: one is up at %s: use that, or end it first", t.Address), c.Close())
+	}
 	return t, t.Restart()
 }
 

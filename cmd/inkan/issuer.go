@@ -525,7 +525,7 @@ func policyApprove(e *env, c *cli.Context) error {
 		}
 		var values []attest.PCRValue
 		if err := strictjson.Unmarshal(b, 64<<10, &values); err != nil {
-			return fmt.Errorf("%s: %w", path, err)
+			return fmt.Errorf("%s: what inkan tpm pcrs --json prints is expected: %w", path, err)
 		}
 		config, err := readIssuerConfig(c)
 		if err != nil {
