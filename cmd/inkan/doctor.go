@@ -11,6 +11,7 @@ import (
 	"io/fs"
 	"os"
 	"path/filepath"
+	"slices"
 	"strings"
 	"text/tabwriter"
 	"time"
@@ -486,6 +487,13 @@ func (d *doctor) keyInTPM(h *host, state *signer.State, chain []*x509.Certificat
 		return
 	}
 	d.ok("key", "of this TPM: it was loaded")
+	if values, err := h.dev.ReadPCRs(attest.Union(policies.Approved)); err != nil {
+		d.add("approvals on this host", stateRefused, err.Error(), "")
+	} else {
+		fits := slices.ContainsFunc(policies.Approved, func(a attest.ApprovedPolicy) bool { return attest.Matches(a, values) })
+		d.expect(fits, "approvals on this host", stateRefused, fmt.Sprintf("one of %d fits the host's state: %v", len(policies.Approved), fits),
+			"what the issuer has approved comes with an enrolment: stop the signer, inkan signer enrol, start it")
+	}
 	d.certified(chain, k)
 }
 

@@ -5,6 +5,7 @@ import (
 	"fmt"
 	"os"
 	"path/filepath"
+	"slices"
 	"strings"
 	"testing"
 
@@ -95,4 +96,30 @@ func TestDoctorOfAToken(t *testing.T) {
 	if f := examine(t, 0, "--token", uri)["token: PIN"]; f.State != stateOK && f.State != stateNote {
 		t.Errorf("after a wrong PIN: %+v", f)
 	}
+}
+
+// TestDoctorOfAChangedHost: the host's state, what the issuer has approved and what
+// the host has of that are three things.
+func TestDoctorOfAChangedHost(t *testing.T) {
+	h := newHost(t, gateScope)
+	examine := func(want int, what, state string) {
+		t.Helper()
+		code, out, errs := call("", "doctor", "--config", h.path("signer.yaml"), "--json")
+		report := fromJSON[struct{ Findings []finding }](t, out)
+		i := slices.IndexFunc(report.Findings, func(f finding) bool { return f.What == what })
+		if i < 0 || report.Findings[i].State != state || code != want {
+			t.Errorf("exit code %d: %s is not %s in %s%s", code, what, state, out, errs)
+		}
+	}
+	examine(0, "approvals on this host", stateOK)
+	if err := h.tpm.ExtendPCR(7, []byte("an update")); err != nil {
+		t.Fatal(err)
+	}
+	examine(exitError, "approved state", stateRefused)
+	pcrs := h.write(t, "updated.json", h.must(t, "tpm", "pcrs", "--tpm", h.tpm.Address, "--json"))
+	h.must(t, "issuer", "policy", "approve", "--dir", h.path("issuer"), "--name", "updated", "--pcrs", pcrs)
+	examine(exitError, "approved state", stateOK)
+	examine(exitError, "approvals on this host", stateRefused)
+	h.must(t, "signer", "enrol", "--config", h.path("signer.yaml"))
+	examine(0, "approvals on this host", stateOK)
 }

@@ -16,6 +16,7 @@ import (
 // attestedHost is a host with a TPM, an issuer that knows it, and an agent mm-07 there.
 type attestedHost struct {
 	dir    string
+	tpm    *simulator.TPM
 	issuer struct{ Agent, Admin, Public string }
 }
 
@@ -30,6 +31,7 @@ func newHost(t *testing.T, scope string) *attestedHost {
 	t.Cleanup(func() { _ = os.RemoveAll(dir) })
 	h := &attestedHost{dir: dir}
 	sim := simulator.TPMForTest(t)
+	h.tpm = sim
 	args := []string{"issuer", "init", "--dir", h.path("issuer"), "--trust-domain", "example.org"}
 	var listeners []net.Listener
 	for _, flag := range []string{"--agent-listen", "--admin-listen", "--public-listen"} {
