@@ -18,9 +18,6 @@ import (
 	"inkan/internal/strictjson"
 )
 
-// MaxEvidence bounds M3 as JSON, in bytes.
-const MaxEvidence = 64 << 10
-
 // maxCSR bounds a certificate request in DER, in bytes.
 const maxCSR = 4 << 10
 

@@ -38,7 +38,7 @@ func Absolute(uri string) (string, error) {
 		path, err := filepath.Abs(rest)
 		return "file:" + path, err
 	case "tpm":
-		if address, key, ok := strings.Cut(rest, "?key="); ok {
+		if address, key, err := cutTPM(rest); err == nil {
 			return TPM(address, key)
 		}
 	}
@@ -49,7 +49,17 @@ func Absolute(uri string) (string, error) {
 func TPM(address, key string) (string, error) {
 	a, err := filepath.Abs(address)
 	k, err2 := filepath.Abs(key)
-	return "tpm:" + a + "?key=" + k, errors.Join(err, err2)
+	return "tpm:" + a + "?key=" + strings.ReplaceAll(url.QueryEscape(k), "%2F", "/"), errors.Join(err, err2)
+}
+
+// cutTPM takes what follows tpm: apart.
+func cutTPM(rest string) (address, key string, err error) {
+	address, query, _ := strings.Cut(rest, "?")
+	q, err := url.ParseQuery(query)
+	if err != nil || len(q) != 1 || len(q["key"]) != 1 || q.Get("key") == "" {
+		return "", "", errors.New("key URI: tpm:ADDRESS?key=FILE is expected")
+	}
+	return address, q.Get("key"), nil
 }
 
 // OpenSealed is Open where a token's PIN may be sealed: unseal opens its file.
@@ -117,12 +127,11 @@ func fromToken(uri string, unseal func([]byte) ([]byte, error)) (crypto.Signer, 
 }
 
 func fromTPM(rest string) (crypto.Signer, io.Closer, error) {
-	address, query, _ := strings.Cut(rest, "?")
-	q, err := url.ParseQuery(query)
-	if err != nil || len(q) != 1 || q.Get("key") == "" {
-		return nil, nil, errors.New("key URI: tpm:ADDRESS?key=FILE is expected")
+	address, key, err := cutTPM(rest)
+	if err != nil {
+		return nil, nil, err
 	}
-	file, err := os.ReadFile(q.Get("key"))
+	file, err := os.ReadFile(key)
 	if err != nil {
 		return nil, nil, err
 	}
