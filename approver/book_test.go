@@ -549,3 +549,78 @@ func TestVersion1(t *testing.T) {
 		})
 	}
 }
+
+// TestKeptBookWhileAsked: while books are renewed, approvers come and go and
+// signers hang up, each order is authorized within the limits, and what is kept is what the entries lead to.
+func TestKeptBookWhileAsked(t *testing.T) {
+	defer approver.KeepBookEvery(10, 3)()
+	s := newShared(t)
+	var mu sync.Mutex
+	open := make([]*approver.Record, 2)
+	for i := range open {
+		var err error
+		if open[i], err = approver.OpenSharedRecord(t.Context(), s.url, s.password); err != nil {
+			t.Fatal(err)
+		}
+	}
+	ends := mrand.New(mrand.NewPCG(9, 9))
+	for i := range 120 {
+		b := s.write(t, s.next(t, "2", nil)) // 100 each, 20000 are allowed
+		var wg sync.WaitGroup
+		for k := range open {
+			patience := time.Duration(ends.IntN(30)) * time.Millisecond
+			wg.Go(func() {
+				mu.Lock()
+				a := s.newApprover(t, config(t, ""), open[k])
+				mu.Unlock()
+				ctx, cancel := context.WithTimeout(t.Context(), patience)
+				defer cancel()
+				_, _ = a.Decide(ctx, s.client, s.request(b, s.log[max(0, len(s.log)-4):len(s.log)-1]...)) // it may hang up
+			})
+		}
+		wg.Wait()
+		if s.approver = s.newApprover(t, config(t, ""), open[i%2]); i%4 == 3 {
+			if err := s.decide(s.request(b, s.log[max(0, len(s.log)-5):len(s.log)-1]...)); err != nil {
+				t.Fatalf("order %d: %v", i+1, err)
+			}
+		}
+		if ends.IntN(10) > 0 {
+			continue
+		}
+		k := ends.IntN(2)
+		end := open[k].Close
+		if ends.IntN(2) == 0 {
+			end = open[k].Drop
+		}
+		if err := end(); err != nil {
+			t.Fatal(err)
+		}
+		var err error
+		if open[k], err = approver.OpenSharedRecord(t.Context(), s.url, s.password); err != nil {
+			t.Fatal(err)
+		}
+	}
+	var n int
+	if err := s.sql.QueryRowContext(t.Context(), "SELECT count(*) FROM entry WHERE verdict = 'permit'").Scan(&n); err != nil || n != 120 {
+		t.Errorf("%d of 120 orders stand as permits: %v", n, err)
+	}
+	limits := s.certified(t)
+	for _, r := range append(open, s.open(t)) {
+		got, err := r.BookOf(t.Context(), s.agent.ID)
+		if err != nil {
+			t.Fatal(err)
+		}
+		if s.approver = s.newApprover(t, config(t, ""), r); r == open[0] || r == open[1] { // they may be behind
+			if err := s.decide(s.request(s.log[119])); err != nil {
+				t.Fatal(err)
+			}
+			if got, err = r.BookOf(t.Context(), s.agent.ID); err != nil {
+				t.Fatal(err)
+			}
+		}
+		alike(t, "at the end", limits, s.clock, s.book, got)
+	}
+	if err := errors.Join(open[0].Close(), open[1].Close()); err != nil {
+		t.Error(err)
+	}
+}
