@@ -1,6 +1,7 @@
 package verify_test
 
 import (
+	"bytes"
 	"context"
 	"crypto/x509"
 	"database/sql"
@@ -12,6 +13,7 @@ import (
 	"strings"
 	"sync"
 	"sync/atomic"
+	"syscall"
 	"testing"
 	"time"
 
@@ -457,5 +459,75 @@ func TestForgets(t *testing.T) {
 				}
 			}
 		})
+	}
+}
+
+// TestPostgreSQLHangs: a database that takes connections and does not answer is one that
+// does not work, for all that wait for it; when it goes on so does the receiver.
+func TestPostgreSQLHangs(t *testing.T) {
+	server := simulator.PostgreSQLForTest(t)
+	v := newVenue(t)
+	v.config.Replay = opened(t, storeIn(t, server, "inkan"))
+	r := v.receiver(t)
+	if _, err := r.Verify(t.Context(), []byte(v.action(t, nil)), nil); err != nil {
+		t.Fatal(err)
+	}
+	signal := func(s syscall.Signal) {
+		t.Helper()
+		list, err := filepath.Glob("/proc/[0-9]*/stat")
+		if err != nil {
+			t.Fatal(err)
+		}
+		stopped := 0
+		for _, file := range list {
+			b, err := os.ReadFile(file)
+			if err != nil {
+				continue // it has ended
+			}
+			pid, parent := 0, 0
+			if _, err := fmt.Sscanf(string(b[:bytes.IndexByte(b, ' ')]), "%d", &pid); err != nil {
+				t.Fatal(err)
+			}
+			if _, err := fmt.Sscanf(string(b[bytes.LastIndexByte(b, ')')+1:]), " %s %d", new(string), &parent); err != nil {
+				t.Fatal(err)
+			}
+			if parent == server.PID() || pid == server.PID() {
+				stopped++
+				if err := syscall.Kill(pid, s); err != nil {
+					t.Fatal(err)
+				}
+			}
+		}
+		if stopped < 2 {
+			t.Fatalf("%d processes of the server were found", stopped)
+		}
+	}
+	signal(syscall.SIGSTOP)
+	defer signal(syscall.SIGCONT)
+	ended := make(chan error)
+	for range 5 {
+		compact := []byte(v.action(t, nil))
+		go func() { _, err := r.Verify(context.Background(), compact, nil); ended <- err }()
+	}
+	limit := time.After(30 * time.Second)
+	for range 5 {
+		select {
+		case err := <-ended:
+			if !refusedWith(err, verify.ReasonStore) {
+				t.Errorf("while it hangs: %v", err)
+			}
+		case <-limit:
+			t.Fatal("requests wait for a database that hangs")
+		}
+	}
+	signal(syscall.SIGCONT)
+	for until := time.Now().Add(20 * time.Second); ; time.Sleep(100 * time.Millisecond) {
+		_, err := r.Verify(t.Context(), []byte(v.action(t, nil)), nil)
+		if err == nil {
+			break
+		}
+		if time.Now().After(until) {
+			t.Fatalf("when it goes on: %v", err)
+		}
 	}
 }

@@ -205,9 +205,7 @@ const useTimeout = 10 * time.Second
 // begun it comes to its end whether or not ctx does: a client that leaves in the middle would
 // make the store read all again that the agent did.
 func (s *SQLStore) Use(ctx context.Context, u Use, now time.Time) error {
-	if err := ctx.Err(); err != nil {
-		return err
-	}
+	client := ctx
 	ctx, cancel := context.WithTimeout(context.WithoutCancel(ctx), useTimeout)
 	defer cancel()
 	s.mu.Lock()
@@ -219,6 +217,9 @@ func (s *SQLStore) Use(ctx context.Context, u Use, now time.Time) error {
 	s.mu.Unlock()
 	a.mu.Lock()
 	defer a.mu.Unlock()
+	if err := errors.Join(client.Err(), ctx.Err()); err != nil {
+		return err // it waited for its turn in vain
+	}
 
 	// What arrives late takes long to judge. Other agents wait for this one's transaction (in
 	// SQLite there is one at a time), so it is judged before, by what is known here.
