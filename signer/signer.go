@@ -166,6 +166,9 @@ func (s *Signer) renew(ctx context.Context, a *Agent) {
 			return
 		}
 		chain, again, err := s.renewer.Renew(ctx, a.name)
+		if err == nil && !a.awaits(ctx, chain) {
+			return
+		}
 		if err == nil {
 			err = errors.Join(a.SetChain(ctx, chain), a.setOtherChains(ctx))
 		}
@@ -184,6 +187,21 @@ func (s *Signer) renew(ctx context.Context, a *Agent) {
 		retry = firstRetry
 		wait = max(jittered(again.Round(0).Sub(time.Now().Round(0))), firstRetry) // this host's clock may be ahead of the issuer's
 	}
+}
+
+// awaits waits while a new certificate is not valid yet by this host's clock, which is behind
+// the issuer's, and the one before it is: that goes on. It says whether ctx goes on too.
+func (a *Agent) awaits(ctx context.Context, chain []*x509.Certificate) bool {
+	c, now := a.current.Load(), a.now()
+	if c == nil || len(chain) == 0 || c.refuses(now) != nil {
+		return true
+	}
+	early := min(chain[0].NotBefore.Sub(now), c.chain[0].NotAfter.Sub(now))
+	if early <= 0 {
+		return true
+	}
+	a.logger.WarnContext(ctx, "the new certificate is not valid yet: see that the clock is right", "agent", a.name, "not_before", chain[0].NotBefore, "wait", early.String())
+	return pause(ctx, early, lookAtClock, time.Now)
 }
 
 // lookAtClock is how often who waits for a renewal looks at the clock.

@@ -571,15 +571,20 @@ func (r *renewer) Renew(context.Context, string) ([]*x509.Certificate, time.Time
 	return chain, time.Now().Add(time.Hour), err
 }
 
+// firstRetry is after what time a failed renewal is tried again.
+const firstRetry = 5 * time.Second
+
 // TestRenewalLoop: a certificate is renewed before its end, after failures
-// too, and signing is not interrupted.
+// too, and signing is not interrupted, though the new one is not valid at once.
 func TestRenewalLoop(t *testing.T) {
 	self, _ := executables(t)
 	ca := testca.New(t)
 	old := ca.Agent(t, "a", []byte(scopeJSON), func(c *x509.Certificate) { // two thirds of its life are over
 		c.NotBefore, c.NotAfter = time.Now().Add(-time.Hour), time.Now().Add(20*time.Minute)
 	})
-	fresh := ca.AgentWithKey(t, "a", []byte(scopeJSON), old.Key, nil)
+	fresh := ca.AgentWithKey(t, "a", []byte(scopeJSON), old.Key, func(c *x509.Certificate) { // the clock is behind the issuer's
+		c.NotBefore = time.Now().Add(firstRetry + 4*time.Second)
+	})
 	r := &renewer{}
 	r.renew = func() ([]*x509.Certificate, error) {
 		if r.calls.Load() == 1 {
