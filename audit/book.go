@@ -68,7 +68,7 @@ func keepBook(path string, book *scope.Book, counter uint64, entry [32]byte) err
 	}
 	name := bookFile(path)
 	if err := os.WriteFile(name+".new", b, 0o600); err != nil {
-		return err
+		return errors.Join(err, os.Remove(name+".new")) // where the disk is full, the record needs the room
 	}
 	return os.Rename(name+".new", name)
 }
