@@ -36,10 +36,9 @@ func (x *session) demandJournal(ak []byte) {
 }
 
 // serveJournal takes a part of a journal.
-func (i *Issuer) serveJournal(w http.ResponseWriter, r *http.Request) {
-	agent, err := i.part(r)
-	if err != nil {
-		i.decide(w, r, agent, nil, err)
+func (i *Issuer) serveJournal(w http.ResponseWriter, r *http.Request, who party) {
+	if err := i.part(r); err != nil {
+		i.decide(w, r, who, nil, err)
 		return
 	}
 	w.WriteHeader(http.StatusNoContent)
@@ -47,32 +46,32 @@ func (i *Issuer) serveJournal(w http.ResponseWriter, r *http.Request) {
 
 // part adds to an exchange what came of the journal. A part that does not
 // stand ends the exchange.
-func (i *Issuer) part(r *http.Request) (agent string, err error) {
+func (i *Issuer) part(r *http.Request) error {
 	id, err := hex.DecodeString(r.PathValue("session"))
 	if err != nil {
-		return "", &badRequest{errors.New("the session is not in hex")}
+		return &badRequest{errors.New("the session is not in hex")}
 	}
 	lines, err := io.ReadAll(io.LimitReader(r.Body, journal.MaxPart+1))
 	if err != nil {
-		return "", &badRequest{err}
+		return &badRequest{err}
 	}
 	x := i.sessions.take(i.now(), id)
 	switch {
 	case x == nil:
-		return "", refuse("Q3", "there is no such exchange: it was answered, took longer than %s, or was never begun", sessionTTL)
+		return refuse("Q3", "there is no such exchange: it was answered, took longer than %s, or was never begun", sessionTTL)
 	case x.span == nil:
-		return x.agent, refuse("C3", "the journal was not asked for")
+		return refuse("C3", "the journal was not asked for")
 	case len(lines) > journal.MaxPart || x.size+len(lines) > maxJournal:
-		return x.agent, refuse("G7", "the journal since the last time comes in parts of at most %d bytes, and has at most %d", journal.MaxPart, maxJournal)
+		return refuse("G7", "the journal since the last time comes in parts of at most %d bytes, and has at most %d", journal.MaxPart, maxJournal)
 	}
 	x.size += len(lines)
 	if err := x.span.Append(lines); err != nil {
-		return x.agent, refuse("C3", "%v", err)
+		return refuse("C3", "%v", err)
 	}
 	if x.expires = i.now().Add(sessionTTL); x.expires.After(x.latest) {
 		x.expires = x.latest
 	}
-	return x.agent, i.sessions.put(i.now(), x)
+	return i.sessions.put(i.now(), x)
 }
 
 // accounted holds the journal against the testimony in accepted evidence (C3).

@@ -5,6 +5,7 @@ import (
 	"crypto/tls"
 	"encoding/pem"
 	"errors"
+	"fmt"
 	"io"
 	"io/fs"
 	"net/http"
@@ -130,5 +131,38 @@ func TestInventoryIsGone(t *testing.T) {
 		if fi, err := os.Stat(path); name == "removed" && !errors.Is(err, fs.ErrNotExist) {
 			t.Errorf("%s: a new one was made: %v, %v", name, fi, err)
 		}
+	}
+}
+
+// TestRefusalsNameTheHost: the decision log says which agent and device were
+// refused, at every step of an exchange.
+func TestRefusalsNameTheHost(t *testing.T) {
+	o := newOffice(t)
+	last := func() issuer.Event {
+		t.Helper()
+		events, err := o.admin.Events(t.Context(), 0)
+		o.must(t, err)
+		return events[len(events)-1]
+	}
+	o.dev.PCRs[7] = make([]byte, 32)
+	if _, err := o.enrol(t, o.dev, "a"); err == nil {
+		t.Fatal("another state was accepted")
+	}
+	if e := last(); e.Check != "P1" || e.Agent != "a" || e.Device != "host1" {
+		t.Errorf("evidence: %+v", e)
+	}
+	x := o.begin(t)
+	defer x.channel.Close()
+	if err := x.channel.PostLines(t.Context(), fmt.Sprintf("/v1/sessions/%x/journal", x.challenge.Session), []byte("{}\n")); err == nil {
+		t.Fatal("a journal that was not asked for")
+	}
+	if e := last(); e.Check != "C3" || e.Agent != "a" || e.Device != "host1" {
+		t.Errorf("journal: %+v", e)
+	}
+	if _, err := o.enrol(t, o.dev, "nobody"); err == nil {
+		t.Fatal("nobody was certified")
+	}
+	if e := last(); e.Check != "E9" || e.Agent != "nobody" || e.Device != "host1" {
+		t.Errorf("hello: %+v", e)
 	}
 }

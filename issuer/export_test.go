@@ -85,7 +85,7 @@ func (i *Inventory) Close() error { return i.s.db.Close() }
 
 // Decide answers a refusal to a host.
 func Decide(ctx context.Context, i *Issuer, agent string, refusal error) {
-	i.decide(httptest.NewRecorder(), httptest.NewRequestWithContext(ctx, "POST", "/v1/sessions", nil), agent, nil, refusal)
+	i.decide(httptest.NewRecorder(), httptest.NewRequestWithContext(ctx, "POST", "/v1/sessions", nil), party{agent: agent}, nil, refusal)
 }
 
 // Exec changes the inventory.

@@ -158,16 +158,18 @@ func (i *Issuer) agentHandler() http.Handler {
 			i.fail(w, r, err)
 			return
 		}
-		c, err := i.begin(r.Context(), &h, peer(r))
+		who := party{agent: h.Agent}
+		c, err := i.begin(r.Context(), &h, peer(r), &who)
 		if err != nil {
-			i.decide(w, r, h.Agent, nil, err)
+			i.decide(w, r, who, nil, err)
 			return
 		}
 		problem.JSON(w, http.StatusOK, c)
 	})
 	mux.HandleFunc("POST /v1/sessions/{session}/journal", func(w http.ResponseWriter, r *http.Request) {
-		if id, err := hex.DecodeString(r.PathValue("session")); err == nil && i.sessions.has(i.now(), id) || allow(w, r) {
-			i.serveJournal(w, r)
+		id, err := hex.DecodeString(r.PathValue("session"))
+		if who, known := i.sessions.who(i.now(), id); err == nil && known || allow(w, r) {
+			i.serveJournal(w, r, who)
 		}
 	})
 	mux.HandleFunc("POST /v1/sessions/evidence", func(w http.ResponseWriter, r *http.Request) {
@@ -176,7 +178,7 @@ func (i *Issuer) agentHandler() http.Handler {
 			i.fail(w, r, err)
 			return
 		}
-		known := i.sessions.has(i.now(), ev.Session)
+		who, known := i.sessions.who(i.now(), ev.Session)
 		if !known && !allow(w, r) {
 			return
 		}
@@ -192,7 +194,7 @@ func (i *Issuer) agentHandler() http.Handler {
 			if !known {
 				kept = nil // it answers nothing that was asked
 			}
-			i.decide(w, r, "", kept, err)
+			i.decide(w, r, who, kept, err)
 			return
 		}
 		i.metrics.issued.Inc()
@@ -215,7 +217,7 @@ func (i *Issuer) agentHandler() http.Handler {
 		}
 		g, err := i.declared(r.Context(), &x, binding, peer(r))
 		if err != nil {
-			i.decide(w, r, x.Agent, nil, err)
+			i.decide(w, r, party{agent: x.Agent}, nil, err)
 			return
 		}
 		i.metrics.issued.Inc()
@@ -227,10 +229,10 @@ func (i *Issuer) agentHandler() http.Handler {
 }
 
 // decide logs a refusal durably, then answers with it.
-func (i *Issuer) decide(w http.ResponseWriter, r *http.Request, agent string, ev *attest.Evidence, err error) {
+func (i *Issuer) decide(w http.ResponseWriter, r *http.Request, who party, ev *attest.Evidence, err error) {
 	if refusal, ok := errors.AsType[*attest.Refusal](err); ok {
-		i.log.WarnContext(r.Context(), "evidence refused", "agent", clip(agent, 64), "check", refusal.Check, "detail", refusal.Detail, "remote", r.RemoteAddr)
-		if logErr := i.refused(context.WithoutCancel(r.Context()), agent, ev, refusal); logErr != nil { // of who hangs up, too
+		i.log.WarnContext(r.Context(), "evidence refused", "agent", clip(who.agent, 64), "device", who.device, "check", refusal.Check, "detail", refusal.Detail, "remote", r.RemoteAddr)
+		if logErr := i.refused(context.WithoutCancel(r.Context()), who, ev, refusal); logErr != nil { // of who hangs up, too
 			err = logErr
 		}
 	}

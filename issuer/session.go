@@ -81,20 +81,26 @@ func (s *sessions) take(now time.Time, id []byte) *session {
 	return x
 }
 
-// has says whether an exchange is under way, and leaves it there.
-func (s *sessions) has(now time.Time, id []byte) bool {
+// party is whom a refusal in the decision log is about, as far as it is known.
+type party struct{ agent, device string }
+
+// who says whose exchange is under way, and leaves it there.
+func (s *sessions) who(now time.Time, id []byte) (_ party, known bool) {
 	s.mu.Lock()
 	defer s.mu.Unlock()
 	x := s.open[string(id)]
-	return x != nil && !now.After(x.expires)
+	if x == nil || now.After(x.expires) {
+		return party{}, false
+	}
+	return party{x.agent, x.device.ID}, true
 }
 
 func refuse(check, format string, a ...any) error {
 	return &attest.Refusal{Check: check, Detail: fmt.Sprintf(format, a...)}
 }
 
-// begin answers M1 with M2.
-func (i *Issuer) begin(ctx context.Context, h *attest.Hello, from netip.Addr) (*attest.Challenge, error) {
+// begin answers M1 with M2. It notes in who which device asks.
+func (i *Issuer) begin(ctx context.Context, h *attest.Hello, from netip.Addr, who *party) (*attest.Challenge, error) {
 	x := &session{agent: h.Agent, hello: h, expires: i.now().Add(sessionTTL), latest: i.now().Add(sessionMax)}
 	ek, err := attest.SPKIDigest(h.EKPublic)
 	if err != nil {
@@ -105,6 +111,7 @@ func (i *Issuer) begin(ctx context.Context, h *attest.Hello, from netip.Addr) (*
 	} else if err != nil {
 		return nil, err
 	}
+	who.device = x.device.ID
 	if x.device.Unattested {
 		return nil, refuse("U1", "device %s is a host without a TPM in the inventory", x.device.ID)
 	}
@@ -411,8 +418,8 @@ func (i *Issuer) renewal(c *x509.Certificate) time.Time {
 }
 
 // refused writes a refusal to the decision log.
-func (i *Issuer) refused(ctx context.Context, agent string, ev *attest.Evidence, r *attest.Refusal) error {
-	e := Event{Time: i.now(), Kind: "refused", Agent: clip(agent, 64), Check: r.Check, Detail: clip(r.Detail, 512)}
+func (i *Issuer) refused(ctx context.Context, who party, ev *attest.Evidence, r *attest.Refusal) error {
+	e := Event{Time: i.now(), Kind: "refused", Agent: clip(who.agent, 64), Device: who.device, Check: r.Check, Detail: clip(r.Detail, 512)}
 	return i.store.inTx(ctx, func(tx *sql.Tx) error {
 		if ev != nil {
 			doc, err := strictjson.Marshal(ev)
