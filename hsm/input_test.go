@@ -8,7 +8,9 @@ import (
 	"path/filepath"
 	"reflect"
 	"strings"
+	"syscall"
 	"testing"
+	"time"
 )
 
 func TestParseURI(t *testing.T) {
@@ -192,5 +194,26 @@ func TestAttributes(t *testing.T) {
 		if !ok || refused.Attribute != name {
 			t.Errorf("%s: %v", name, a.Check())
 		}
+	}
+}
+
+// TestPINFromAPipe: a PIN file that is a pipe is refused, and nobody waits for a writer.
+func TestPINFromAPipe(t *testing.T) {
+	path := filepath.Join(t.TempDir(), "pin")
+	if err := syscall.Mkfifo(path, 0o600); err != nil {
+		t.Fatal(err)
+	}
+	done := make(chan error, 1)
+	go func() {
+		_, err := ReadPIN("file:"+path, nil)
+		done <- err
+	}()
+	select {
+	case err := <-done:
+		if err == nil || !strings.Contains(err.Error(), "not a regular file") {
+			t.Error(err)
+		}
+	case <-time.After(5 * time.Second):
+		t.Error("it waits for a writer")
 	}
 }

@@ -9,6 +9,7 @@ import (
 	"path/filepath"
 	"strconv"
 	"strings"
+	"syscall"
 )
 
 // maxPIN bounds a PIN, in bytes. AWS CloudHSM's is user:password.
@@ -81,7 +82,7 @@ func ReadPIN(source string, unseal func(file []byte) ([]byte, error)) (PIN, erro
 func (p PIN) Reveal() []byte { return []byte(p.value) }
 
 func pinFile(path string) (PIN, error) {
-	f, err := os.Open(path)
+	f, err := os.OpenFile(path, os.O_RDONLY|syscall.O_NONBLOCK, 0) // a pipe would wait for a writer
 	if err != nil {
 		return PIN{}, fmt.Errorf("PIN file: %w", err)
 	}
