@@ -127,7 +127,7 @@ func (b *Book) Check(s *Scope, u Use) *Refusal {
 				return r
 			}
 		}
-		if r := b.refusesName(l, &c); r != nil { // in whatever currency: names are the venue's
+		if r := b.refusesName(l, &c); r != nil { // also in another currency than that of the limit: names are the venue's
 			return r
 		}
 	}
@@ -182,7 +182,8 @@ func (b *Book) refusesName(l *limit, u *counted) *Refusal {
 	if _, rests := openUntil(u.t, u.TIF, u.Expires); !rests {
 		return nil
 	}
-	if same := b.open.named[orderName{u.Audience, u.ClOrdID}]; same != nil {
+	same := b.open.named[orderName{u.Audience, u.ClOrdID}]
+	if same != nil && (l.rule == RuleOpenOrders || l.key == same.currency || l.key == u.Currency) {
 		return &Refusal{Rule: l.rule, Field: "ord.ClOrdID", Value: u.ClOrdID, Message: fmt.Sprintf("an order %s is open at %s: give each order its own ClOrdID", u.ClOrdID, u.Audience)}
 	}
 	if b.open.live >= MaxOpen {
