@@ -203,12 +203,12 @@ func (a *Approver) Decide(ctx context.Context, client *x509.Certificate, r *Requ
 
 	// 4. The record: its place after all that was seen of this agent, and the
 	// limits over time. When this returns, that it is authorized is on disk.
-	entries, err := a.entries(r.Entries, cred, now)
+	entries, err := a.entries(ctx, r.Entries, client, cred, r.From, now)
 	if err != nil {
 		return nil, err
 	}
 	pending := a.authorization(cred, r)
-	if err := a.recorded(ctx, a.record.authorize(ctx, cred, entries, &entry{r.Statement, st, permit}, pending.begin)); err != nil {
+	if err := a.recorded(ctx, a.record.authorize(ctx, cred, entries, &entry{bytes: r.Statement, st: st, permit: permit}, pending.begin)); err != nil {
 		return nil, err // one that was begun is given to nobody
 	}
 
@@ -279,7 +279,7 @@ func (a *Approver) Append(ctx context.Context, client *x509.Certificate, r *Requ
 	if err := a.current(ctx, client, cred, attest.ModeApprover, r.From, now); err != nil {
 		return err
 	}
-	entries, err := a.entries(r.Entries, cred, now)
+	entries, err := a.entries(ctx, r.Entries, client, cred, r.From, now)
 	if err != nil {
 		return err
 	}

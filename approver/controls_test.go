@@ -268,3 +268,41 @@ func TestAuthorizations(t *testing.T) {
 		t.Errorf("what is left: %v", err)
 	}
 }
+
+// TestControllersChange: an event that an approver sees after the agent's
+// controllers have changed is that of a controller of its time, for as long as
+// the agent could have shown it under its certificate. Afterwards it is not, nor when that was revoked.
+func TestControllersChange(t *testing.T) {
+	for name, revoked := range map[string]bool{"as it was": false, "revoked": true} {
+		t.Run(name, func(t *testing.T) {
+			d, before, after := newDesk(t), newKey(t), newKey(t)
+			certify := func(key *ecdsa.PrivateKey) {
+				text, err := scope.ControllerKey(&key.PublicKey)
+				if err != nil {
+					t.Fatal(err)
+				}
+				d.limits = strings.Replace(scopeJSON, `"allowed_venues":["XPAR"]`, fmt.Sprintf(`"allowed_venues":["XPAR"],"controllers":[{"key":%q,"may":["rearm"],"name":"risk"}]`, text), 1)
+				d.agent = d.certify(t, nil)
+			}
+			certify(before)
+			if err := d.decide(d.request(d.write(t, d.next(t, "1", nil)))); err != nil {
+				t.Fatal(err)
+			}
+			kill := d.write(t, d.next(t, "1", event(scope.EventKill, stop)))
+			now := time.Now().UTC().Truncate(time.Second)
+			text, err := scope.SignRearm(before, d.agent.ID, 2, "prices checked", now, now.Add(time.Hour))
+			if err != nil {
+				t.Fatal(err)
+			}
+			rearm := d.write(t, d.next(t, "1", event(scope.EventRearm, text)))
+			d.revoked[d.agent.Chain[0].SerialNumber.String()] = revoked
+			certify(after)
+			err = d.decide(d.request(d.write(t, d.next(t, "1", nil)), kill, rearm))
+			if revoked {
+				refused(t, "a re-arm under a certificate that was revoked", scope.RuleKill, err)
+			} else if err != nil {
+				t.Errorf("after the re-arm: %v", err)
+			}
+		})
+	}
+}

@@ -4,12 +4,14 @@ import (
 	"bytes"
 	"context"
 	"crypto/sha256"
+	"crypto/x509"
 	"database/sql"
 	"errors"
 	"fmt"
 	"io"
 	"maps"
 	"net"
+	"net/netip"
 	"strings"
 	"sync"
 	"sync/atomic"
@@ -17,6 +19,7 @@ import (
 
 	"github.com/jackc/pgx/v5/pgconn"
 
+	"inkan/attest"
 	"inkan/internal/postgres"
 	"inkan/scope"
 )
@@ -122,11 +125,12 @@ type entry struct {
 	bytes  []byte
 	st     *scope.Statement
 	permit *scope.Permit // nil: it is none of the certificate's scope
+	under  *scope.Scope  // of an event: of the certificate that it stands under
 }
 
 // entries reads entries that a signer sends, which must be one agent's and
 // consecutive.
-func (a *Approver) entries(list [][]byte, cred *credential, now time.Time) ([]entry, error) {
+func (a *Approver) entries(ctx context.Context, list [][]byte, client *x509.Certificate, cred *credential, from netip.Addr, now time.Time) ([]entry, error) {
 	agent := cred.action.Agent
 	out := make([]entry, 0, len(list)+1)
 	for _, b := range list {
@@ -143,12 +147,36 @@ func (a *Approver) entries(list [][]byte, cred *credential, now time.Time) ([]en
 			return nil, refuse(RuleGap, "entry %d follows entry %d", x.Counter, out[n-1].st.Counter)
 		}
 		e := entry{bytes: b, st: x}
+		if x.Decision.Decision == scope.DecisionEvent {
+			e.under = a.scopeOf(ctx, x.Decision.Certificate, client, cred, from, now)
+		}
 		if x.Decision.Decision == scope.DecisionPermit && x.Decision.Certificate == cred.sum {
 			e.permit, _ = scope.Check(cred.scope, x.Action(), a.env(x, cred)) // what it refuses is judged so
 		}
 		out = append(out, e)
 	}
 	return out, nil
+}
+
+// scopeOf is the scope that an event stands under: that of the certificate that
+// it names, if the agent could still ask under that one now, else that of the request's. Between
+// the two the agent's controllers may have changed.
+func (a *Approver) scopeOf(ctx context.Context, named scope.Digest, client *x509.Certificate, cred *credential, from netip.Addr, now time.Time) *scope.Scope {
+	if named == cred.sum {
+		return cred.scope
+	}
+	a.mu.RLock()
+	var other *credential
+	for _, c := range a.known {
+		if c.sum == named && c.action.Agent == cred.action.Agent {
+			other = c
+		}
+	}
+	a.mu.RUnlock()
+	if other == nil || a.current(ctx, client, other, attest.ModeApprover, from, now) != nil {
+		return cred.scope
+	}
+	return other.scope
 }
 
 // authorize adds the entries that are new, checks the limits over time as of
@@ -425,7 +453,7 @@ func (l *ledger) remembers(e entry) error {
 func (l *ledger) judge(e entry, cred *credential) (verdict string) {
 	switch {
 	case e.st.Decision.Decision == scope.DecisionEvent:
-		if refusal := l.book.Admits(cred.scope, e.st); refusal != nil {
+		if refusal := l.book.Admits(e.under, e.st); refusal != nil {
 			return string(refusal.Rule) + "\n" + refusal.Message
 		}
 		return verdictEvent
