@@ -30,13 +30,11 @@ type Authorizer interface {
 	Authorize(nonceTPM []byte, accept func(approver string, expiration int32, signature []byte) (enough bool, err error)) error
 }
 
-// Sessions of keys in approver mode. Each waits for an approver with its nonce,
-// so each carries one signature at a time. Without a resource manager a TPM
-// has room for three sessions: two here, and one for all else.
-const (
-	approvedOnSocket = 2
-	approvedOnDevice = 8
-)
+// approvedSessions are those of keys in approver mode. Each waits for an approver
+// with its nonce, so each carries one signature at a time. A TPM without a resource manager
+// has room for three sessions, and Linux's resource manager gives each opened
+// device three as well: two here, and one for all else.
+const approvedSessions = 2
 
 // sessionLife is how long a session is used again. Authorizations expire
 // AuthorizationSeconds after the start of the session, however often it was used.
@@ -76,6 +74,9 @@ func (p *parked) send(l *link, x *prepared, what string, first func(transport.TP
 
 // errStale: the session or its time is gone. A second attempt asks again.
 var errStale = errors.New("the TPM's session ended before the authorization arrived")
+
+// errChanged is errStale: some PCR was extended since the state was put into the session.
+var errChanged = fmt.Errorf("%w: a PCR was extended meanwhile", errStale)
 
 // answered marks an answer of the TPM that puts nothing in doubt but the session.
 type answered struct{ error }
@@ -147,7 +148,7 @@ type candidate struct {
 // expected, it asks again and expects nothing.
 func (k *Key) signApproved(digest, message []byte, a Authorizer) (*tpm2.TPMSSignatureECC, error) {
 	sig, err := k.tryApproved(digest, message, a, true)
-	for tries := 0; errors.Is(err, errStale) && tries < 2; tries++ {
+	for tries := 0; errors.Is(err, errStale) && tries < maxChanges; tries++ {
 		sig, err = k.tryApproved(digest, message, a, false)
 	}
 	return sig, err
@@ -275,8 +276,8 @@ func (k *Key) signIn(p *parked, u *use, satisfied []candidate, in *attest.Approv
 		return nil, err
 	}
 	sig, err := k.command(digest, message, p.session)
-	if in != nil && errors.Is(err, tpm2.TPMRCPCRChanged) {
-		return nil, errStale // some PCR was extended while the approvers were asked
+	if errors.Is(err, tpm2.TPMRCPCRChanged) {
+		return nil, errChanged
 	}
 	if err != nil {
 		return nil, answer(err)

@@ -68,11 +68,7 @@ func OpenWith(address string, o Options) (*Device, error) {
 	if err != nil {
 		return nil, err
 	}
-	n := approvedOnDevice
-	if l.socket {
-		n = approvedOnSocket
-	}
-	d := &Device{options: o, link: l, prepared: make(map[string]*prepared), approvals: make(chan struct{}, n), externals: make(map[string]*resident)}
+	d := &Device{options: o, link: l, prepared: make(map[string]*prepared), approvals: make(chan struct{}, approvedSessions), externals: make(map[string]*resident)}
 	err = d.do("opening the TPM", func() error {
 		_, err := tpm2.GetCapability{Capability: tpm2.TPMCapTPMProperties, Property: uint32(tpm2.TPMPTFamilyIndicator), PropertyCount: 1}.Execute(d.link)
 		return err

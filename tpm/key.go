@@ -287,15 +287,33 @@ func (k *Key) sign(digest, message []byte) (*tpm2.TPMSSignatureECC, error) {
 	if err := k.load(); err != nil {
 		return nil, err
 	}
-	auth := tpm2.PasswordAuth(nil)
-	if u := k.use.Load(); u.policies != nil {
+	u := k.use.Load()
+	if u.policies == nil {
+		return k.command(digest, message, tpm2.PasswordAuth(nil))
+	}
+	return unchanged(func() (*tpm2.TPMSSignatureECC, error) {
 		s, err := k.satisfy(u)
 		if err != nil {
 			return nil, err
 		}
-		auth = s
+		return k.command(digest, message, s)
+	}, k.device.dropSession)
+}
+
+// maxChanges bounds how often a policy is begun anew since a PCR was extended.
+const maxChanges = 8
+
+// unchanged repeats a use of a policy session in which some PCR was extended
+// between the policy's check of the PCRs and the use. It need not be one of the policy's: where the
+// kernel measures what is run and read (IMA), PCR 10 is extended all the time.
+func unchanged[T any](use func() (T, error), drop func()) (x T, err error) {
+	for range maxChanges {
+		if x, err = use(); !errors.Is(err, tpm2.TPMRCPCRChanged) {
+			return x, err
+		}
+		drop() // its policy was begun
 	}
-	return k.command(digest, message, auth)
+	return x, answered{err}
 }
 
 // command is TPM2_Sign, the one that attest.SignCommandHash is the hash of.

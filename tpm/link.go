@@ -8,6 +8,7 @@ import (
 	"io/fs"
 	"net"
 	"os"
+	"syscall"
 	"time"
 
 	"github.com/google/go-tpm/tpm2"
@@ -57,11 +58,13 @@ func (l *link) connect() error {
 		}
 		l.rw = c
 	} else {
-		f, err := os.OpenFile(l.address, os.O_RDWR, 0)
+		// In blocking mode: os.OpenFile would switch it off, and then the kernel takes a
+		// command and answers a read with nothing until the TPM is done.
+		fd, err := syscall.Open(l.address, syscall.O_RDWR|syscall.O_CLOEXEC, 0)
 		if err != nil {
 			return explainOpen(l.address, err)
 		}
-		l.rw = f
+		l.rw = os.NewFile(uintptr(fd), l.address)
 	}
 	l.epoch++
 	return nil

@@ -133,11 +133,13 @@ func (k *Key) signReserved(digest, message []byte) (*tpm2.TPMSSignatureECC, erro
 	if err := k.load(); err != nil {
 		return nil, err
 	}
-	s, err := d.policySession()
-	if err != nil {
-		return nil, err
-	}
-	sig, err := k.reservedIn(s, x, c, u, digest, message)
+	sig, err := unchanged(func() (*tpm2.TPMSSignatureECC, error) {
+		s, err := d.policySession()
+		if err != nil {
+			return nil, err
+		}
+		return k.reservedIn(s, x, c, u, digest, message)
+	}, d.dropSession)
 	if err != nil {
 		d.dropSession() // its policy was begun
 		if ended(err) {

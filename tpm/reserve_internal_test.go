@@ -179,7 +179,7 @@ func TestReserve(t *testing.T) {
 	if err := h.sign(); !errors.Is(err, ErrNoConsent) {
 		t.Errorf("after the TPM let it expire: %v", err)
 	}
-	if n := h.d.count(t); n > maxLoaded+approvedOnSocket+1 {
+	if n := h.d.count(t); n > maxLoaded+approvedSessions+1 {
 		t.Errorf("%d handles and sessions are in the TPM", n)
 	}
 }

@@ -86,11 +86,13 @@ func (d *Device) Unseal(file []byte, p *Policies) (secret []byte, err error) {
 				return err
 			}
 			defer d.flush(object.ObjectHandle)
-			s, err := (&Key{device: d}).satisfy(newUse(p, nil))
-			if err != nil {
-				return err
-			}
-			rsp, err := tpm2.Unseal{ItemHandle: tpm2.AuthHandle{Handle: object.ObjectHandle, Name: object.Name, Auth: s}}.Execute(d.link, hide)
+			rsp, err := unchanged(func() (*tpm2.UnsealResponse, error) {
+				s, err := (&Key{device: d}).satisfy(newUse(p, nil))
+				if err != nil {
+					return nil, err
+				}
+				return tpm2.Unseal{ItemHandle: tpm2.AuthHandle{Handle: object.ObjectHandle, Name: object.Name, Auth: s}}.Execute(d.link, hide)
+			}, d.dropSession)
 			if err != nil {
 				d.dropSession()
 				return err

@@ -150,7 +150,7 @@ func TestStateWhileApproversAreAsked(t *testing.T) {
 			t.Errorf("an approval for the new state: asked %d times: %v", n, err)
 		}
 	}
-	if n := len(d.free); n > approvedOnSocket {
+	if n := len(d.free); n > approvedSessions {
 		t.Errorf("%d sessions are kept", n)
 	}
 }
