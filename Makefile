@@ -11,7 +11,7 @@ TOOLS := swtpm=swtpm swtpm_setup=swtpm-tools certtool=gnutls-bin softhsm2-util=s
 	$(LIB)/pkcs11/libtpm2_pkcs11.so=libtpm2-pkcs11-1
 
 .DEFAULT_GOAL := help
-.PHONY: help build nocgo tools demo test lint bench bench-start attack crash storm fuzz clean
+.PHONY: help build nocgo tools demo test lint bench bench-start attack crash storm vm fuzz clean
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## /{printf "  make %-8s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -52,6 +52,10 @@ crash: tools build ## 2000 orders from 16 clients while the signer is killed wit
 
 storm: tools build ## 20000 orders from 16 clients while the token with the key hangs, crashes, vanishes and lies
 	$(BIN)/inkan-sim storm --inkan $(BIN)/inkan $(if $(JSON),--json)
+
+vm: build nocgo ## the whole of it on a real kernel with /dev/tpmrm0, in a virtual machine
+	@scripts/need swtpm=swtpm swtpm_setup=swtpm-tools certtool=gnutls-bin qemu-system-x86_64=qemu-system-x86 busybox=busybox-static cpio=cpio
+	scripts/vm
 
 FUZZTIME ?= 30s
 fuzz: tools ## every fuzz target for FUZZTIME (30s)

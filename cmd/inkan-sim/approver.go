@@ -58,7 +58,10 @@ func (w *world) offerReserve() error {
 	if err != nil {
 		return err
 	}
-	name := fmt.Sprintf(`"name":%q`, w.agents[0])
-	text := strings.Replace(string(b), name, fmt.Sprintf(`%s,"reserve":{"scope":%q,"for":%q}`, name, w.path("reserve.yaml"), reserveFor), 1)
+	name := "- name: " + w.agents[0] + "\n"
+	if !strings.Contains(string(b), name) {
+		return fmt.Errorf("%s does not have %q", file, name)
+	}
+	text := strings.Replace(string(b), name, fmt.Sprintf("%s      reserve: {scope: %q, for: %s}\n", name, w.path("reserve.yaml"), reserveFor), 1)
 	return os.WriteFile(file, []byte(text), 0o644)
 }
