@@ -20,6 +20,7 @@ import (
 	"net"
 	"net/http"
 	"net/http/httptest"
+	"net/netip"
 	"net/url"
 	"os"
 	"os/exec"
@@ -113,6 +114,25 @@ func newBench(t *testing.T) *bench {
 	b.scope = fmt.Sprintf(oneScope, portOf(b.server.Listener), portOf(b.raw))
 	b.write(t, b.scope)
 	return b
+}
+
+// refusing is an address that refuses connections: a socket has it, so nobody
+// else gets it meanwhile, and does not listen.
+func refusing(t *testing.T) netip.AddrPort {
+	t.Helper()
+	fd, err := syscall.Socket(syscall.AF_INET, syscall.SOCK_STREAM|syscall.SOCK_CLOEXEC, 0)
+	if err != nil {
+		t.Fatal(err)
+	}
+	t.Cleanup(func() { _ = syscall.Close(fd) })
+	if err := syscall.Bind(fd, &syscall.SockaddrInet4{Addr: [4]byte{127, 0, 0, 1}}); err != nil {
+		t.Fatal(err)
+	}
+	at, err := syscall.Getsockname(fd)
+	if err != nil {
+		t.Fatal(err)
+	}
+	return netip.AddrPortFrom(netip.AddrFrom4([4]byte{127, 0, 0, 1}), uint16(at.(*syscall.SockaddrInet4).Port))
 }
 
 func portOf(l net.Listener) string { return strconv.Itoa(l.Addr().(*net.TCPAddr).Port) }
@@ -376,20 +396,14 @@ func TestServers(t *testing.T) {
 		t.Fatal(err)
 	}
 	defer silent.Close()
-	gone, err := net.Listen("tcp", "127.0.0.1:0")
-	if err != nil {
-		t.Fatal(err)
-	}
+	gone := refusing(t)
 	foreign := httptest.NewTLSServer(http.NotFoundHandler())
 	defer foreign.Close()
 	foreign.Config.ErrorLog = log.New(io.Discard, "", 0)
-	list := fmt.Sprintf(`{"host":"127.0.0.1","port":%s},{"host":"127.0.0.1","port":%s},`, portOf(foreign.Listener), portOf(gone))
-	if err := gone.Close(); err != nil {
-		t.Fatal(err)
-	}
+	list := fmt.Sprintf(`{"host":"127.0.0.1","port":%s},{"host":"127.0.0.1","port":%d},`, portOf(foreign.Listener), gone.Port())
 	b.write(t, strings.Replace(b.scope, `"destinations":[`, `"destinations":[`+list, 1))
 	r := b.start(t, fmt.Sprintf(`{listen: "127.0.0.1:0", protocol: http, callers: [{user: %s}]}`, me()))
-	for at, rule := range map[string]string{foreign.Listener.Addr().String(): "tls", gone.Addr().String(): "unreachable"} {
+	for at, rule := range map[string]string{foreign.Listener.Addr().String(): "tls", gone.String(): "unreachable"} {
 		res, body := do(t, r.client(true), http.MethodGet, "http://"+at+"/", nil, nil)
 		if p := problem.Parse(res.StatusCode, res.Header.Get("Content-Type"), body); res.StatusCode != http.StatusBadGateway || p.Rule != rule {
 			t.Errorf("%s: got %s %s, want %s", at, res.Status, body, rule)
@@ -401,17 +415,11 @@ func TestServers(t *testing.T) {
 // the answer.
 func TestInsideStaysInside(t *testing.T) {
 	b := newBench(t)
-	gone, err := net.Listen("tcp", "127.0.0.1:0")
-	if err != nil {
-		t.Fatal(err)
-	}
-	if err := gone.Close(); err != nil {
-		t.Fatal(err)
-	}
-	b.write(t, strings.Replace(b.scope, `"destinations":[`, fmt.Sprintf(`"destinations":[{"host":"127.0.0.1","port":%s},`, portOf(gone)), 1))
+	gone := refusing(t)
+	b.write(t, strings.Replace(b.scope, `"destinations":[`, fmt.Sprintf(`"destinations":[{"host":"127.0.0.1","port":%d},`, gone.Port()), 1))
 	r := b.start(t, fmt.Sprintf(`{listen: "127.0.0.1:0", protocol: http, callers: [{user: %s}]}`, me()))
 	for _, x := range []struct{ rule, at, inside string }{
-		{"unreachable", gone.Addr().String(), "connection refused"},
+		{"unreachable", gone.String(), "connection refused"},
 		{"device", b.server.Listener.Addr().String(), "token"},
 	} {
 		if x.rule == "device" {
