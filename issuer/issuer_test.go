@@ -744,3 +744,26 @@ func TestRevokedOnce(t *testing.T) {
 		t.Errorf("the CRL has %+v", crl.RevokedCertificateEntries)
 	}
 }
+
+// TestKillsFit: a kill that would make the list too long for who reads it is
+// refused, and the list stays one that is read.
+func TestKillsFit(t *testing.T) {
+	o := newOffice(t)
+	agent := strings.Repeat("a", 63)
+	o.must(t, o.admin.AddAgent(t.Context(), issuer.Agent{Name: agent, Device: "host1", Scope: scopeJSON}))
+	added := 0
+	var err error
+	for ; added < scope.MaxKills; added++ { // each mark takes two bytes in the list
+		if _, err = o.admin.Kill(t.Context(), issuer.KillOrder{Scope: scope.KillVenue, Agent: agent, Venue: "XPAR", Reason: strings.Repeat(`"`, 256)}); err != nil {
+			break
+		}
+	}
+	if err == nil || !strings.Contains(err.Error(), "shorter reason") {
+		t.Fatalf("%d kills: %v", added, err)
+	}
+	l, err := scope.ParseKillList(strings.TrimSuffix(string(get(t, "http://"+o.addresses.Public+"/kills")), "\n"), o.ca.PublicKey)
+	o.must(t, err)
+	if len(l.Kills) != added {
+		t.Errorf("the list has %d kills, %d were added", len(l.Kills), added)
+	}
+}

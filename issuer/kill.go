@@ -6,6 +6,7 @@ import (
 	"database/sql"
 	"encoding/base64"
 	"fmt"
+	"math"
 	"time"
 
 	"inkan/scope"
@@ -56,6 +57,13 @@ func (i *Issuer) addKill(ctx context.Context, o KillOrder) (*scope.IssuedKill, e
 		if _, err := tx.ExecContext(ctx, "INSERT INTO kill(id, scope, agent, venue, reason, since) VALUES(?, ?, ?, ?, ?, ?)", k.ID, string(k.Scope), k.Agent, k.Venue, k.Reason, k.Since.Unix()); err != nil {
 			return err
 		}
+		kills, err := killsIn(ctx, tx)
+		if err != nil {
+			return err
+		}
+		if err := (&scope.KillList{Number: math.MaxInt64, ThisUpdate: now, NextUpdate: now, Kills: kills}).Fits(); err != nil {
+			return fmt.Errorf("kill: %w: %w: give a shorter reason, or lift kills that have become needless", ErrInvalid, err)
+		}
 		return event(ctx, tx, Event{Time: now, Kind: "killed", Agent: o.Agent, Detail: fmt.Sprintf("%s %s %s: %s", k.ID, k.Scope, k.Venue, k.Reason)})
 	})
 	i.forgetKills()
@@ -81,8 +89,10 @@ func (i *Issuer) liftKill(ctx context.Context, id string) error {
 }
 
 // kills lists those in force, the oldest first.
-func (s *store) kills(ctx context.Context) ([]scope.IssuedKill, error) {
-	return list(ctx, s.db, func(r *sql.Rows) (k scope.IssuedKill, err error) {
+func (s *store) kills(ctx context.Context) ([]scope.IssuedKill, error) { return killsIn(ctx, s.db) }
+
+func killsIn(ctx context.Context, q queryer) ([]scope.IssuedKill, error) {
+	return list(ctx, q, func(r *sql.Rows) (k scope.IssuedKill, err error) {
 		var since int64
 		err = r.Scan(&k.ID, &k.Scope, &k.Agent, &k.Venue, &k.Reason, &since)
 		k.Since = time.Unix(since, 0).UTC()

@@ -377,6 +377,7 @@ func scanDevice(row interface{ Scan(...any) error }) (*Device, error) {
 
 // queryer is a database, or a transaction in it.
 type queryer interface {
+	QueryContext(ctx context.Context, query string, args ...any) (*sql.Rows, error)
 	QueryRowContext(ctx context.Context, query string, args ...any) *sql.Row
 }
 
@@ -408,7 +409,7 @@ func (s *store) deviceByEK(ctx context.Context, ek [32]byte) (*Device, error) {
 }
 
 // list runs a query and scans each row.
-func list[T any](ctx context.Context, db *sql.DB, scan func(*sql.Rows) (T, error), query string, args ...any) ([]T, error) {
+func list[T any](ctx context.Context, db queryer, scan func(*sql.Rows) (T, error), query string, args ...any) ([]T, error) {
 	rows, err := db.QueryContext(ctx, query, args...)
 	if err != nil {
 		return nil, err

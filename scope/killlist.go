@@ -19,6 +19,9 @@ const TypeKillList = "agent-kills+jws"
 // MaxKills bounds an issuer's list.
 const MaxKills = 100
 
+// ErrKillListSize: who reads the list would refuse it, and go on without it.
+var ErrKillListSize = fmt.Errorf("kill list: it has more than %d bytes", base64.RawURLEncoding.DecodedLen(jws.MaxPayload))
+
 // KillList is what an issuer stopped, signed by the CA's key like its revocation list.
 type KillList struct {
 	Number     Counter      `json:"number"` // never less than that of a list before it
@@ -82,7 +85,7 @@ func (l *KillList) Sign(key crypto.Signer) (string, error) {
 	if err != nil {
 		return "", err
 	}
-	payload, err := strictjson.Marshal(l)
+	payload, err := l.payload()
 	if err != nil {
 		return "", err
 	}
@@ -92,6 +95,20 @@ func (l *KillList) Sign(key crypto.Signer) (string, error) {
 		return "", err
 	}
 	return jws.Compact(input, signature), nil
+}
+
+// Fits says whether the list can be signed: nil, or [ErrKillListSize].
+func (l *KillList) Fits() error {
+	_, err := l.payload()
+	return err
+}
+
+func (l *KillList) payload() ([]byte, error) {
+	b, err := strictjson.Marshal(l)
+	if err == nil && base64.RawURLEncoding.EncodedLen(len(b)) > jws.MaxPayload {
+		err = ErrKillListSize
+	}
+	return b, err
 }
 
 func (l *KillList) validate() error {
