@@ -7,7 +7,6 @@ import (
 	"encoding/json"
 	"encoding/pem"
 	"io"
-	"net"
 	"net/http"
 	"os"
 	"path/filepath"
@@ -75,19 +74,8 @@ func TestIssuerKeysInAToken(t *testing.T) {
 	policy := strings.TrimSpace(run(t, "hsm", "keygen", "--token", uri, "--label", "policy"))
 	dir := filepath.Join(t.TempDir(), "issuer")
 	args := []string{"issuer", "init", "--dir", dir, "--trust-domain", "example.org", "--ca-key", ca, "--policy-key", policy}
-	var listeners []net.Listener
 	for _, flag := range []string{"--agent-listen", "--admin-listen", "--public-listen"} {
-		l, err := net.Listen("tcp", "127.0.0.1:0") // a port that nobody uses just now
-		if err != nil {
-			t.Fatal(err)
-		}
-		args = append(args, flag, l.Addr().String())
-		listeners = append(listeners, l)
-	}
-	for _, l := range listeners {
-		if err := l.Close(); err != nil {
-			t.Fatal(err)
-		}
+		args = append(args, flag, simulator.FreePortForTest(t))
 	}
 	run(t, args...)
 	var at struct{ Public string }

@@ -4,7 +4,6 @@ import (
 	"bytes"
 	"encoding/json"
 	"fmt"
-	"net"
 	"os"
 	"os/exec"
 	"path/filepath"
@@ -12,6 +11,8 @@ import (
 	"slices"
 	"strings"
 	"testing"
+
+	"inkan/simulator"
 )
 
 // section returns the commands of a section: the indented lines, as a stranger
@@ -40,21 +41,6 @@ func section(t *testing.T, title string, files ...string) string {
 	return ""
 }
 
-// freePorts finds ports of the loopback that nobody uses just now.
-func freePorts(t *testing.T, n int) []string {
-	t.Helper()
-	var out []string
-	for range n {
-		l, err := net.Listen("tcp", "127.0.0.1:0")
-		if err != nil {
-			t.Fatal(err)
-		}
-		defer l.Close()
-		out = append(out, l.Addr().String())
-	}
-	return out
-}
-
 // TestBots types what the documentation says into a shell: a software TPM, an
 // issuer, a signer, and a bot of each kind under inkan run. Only the ports are
 // others, since a machine has them once.
@@ -76,7 +62,10 @@ func TestBots(t *testing.T) {
 	if err := os.WriteFile(filepath.Join(dir, "go.mod"), []byte("module inkan\n"), 0o600); err != nil {
 		t.Fatal(err)
 	}
-	ports := freePorts(t, 3)
+	ports, err := simulator.FreePorts(3)
+	if err != nil {
+		t.Fatal(err)
+	}
 	config := filepath.Join(dir, "examples", "signer.yaml")
 	b, err := os.ReadFile(config)
 	if err != nil {

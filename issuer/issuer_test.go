@@ -17,7 +17,6 @@ import (
 	"io"
 	"log/slog"
 	"math/big"
-	"net"
 	"net/http"
 	"os"
 	"os/exec"
@@ -36,6 +35,7 @@ import (
 	"inkan/internal/testca"
 	"inkan/issuer"
 	"inkan/scope"
+	"inkan/simulator"
 	"inkan/verify"
 )
 
@@ -63,16 +63,6 @@ type office struct {
 	dev       *forge.Device
 }
 
-func freePort(t testing.TB) string {
-	t.Helper()
-	l, err := net.Listen("tcp", "127.0.0.1:0")
-	if err != nil {
-		t.Fatal(err)
-	}
-	defer l.Close()
-	return l.Addr().String()
-}
-
 func newKey(t testing.TB) *ecdsa.PrivateKey {
 	t.Helper()
 	k, err := ecdsa.GenerateKey(elliptic.P256(), rand.Reader)
@@ -86,7 +76,7 @@ func newOffice(t testing.TB) *office {
 	t.Helper()
 	o := &office{dir: t.TempDir(), policy: newKey(t)}
 	ca, admin := newKey(t), newKey(t)
-	public := freePort(t)
+	public := simulator.FreePortForTest(t)
 	yaml := fmt.Sprintf("trust_domain: example.org\nca_key: test\npolicy_key: test\nagent_listen: 127.0.0.1:0\nadmin_listen: 127.0.0.1:0\npublic_listen: %s\nmetrics_listen: 127.0.0.1:0\npublic_url: http://%s\nserver_names: [127.0.0.1]\nlifetime: 24h\ncrl_lifetime: 1h\nregions: %s\n", public, public, regionsFile)
 	if err := os.WriteFile(filepath.Join(o.dir, regionsFile), []byte("192.0.2.0/24,FR,,,\n"), 0o600); err != nil {
 		t.Fatal(err)

@@ -3,26 +3,19 @@ package signer_test
 import (
 	"fmt"
 	"io"
-	"net"
 	"net/http"
 	"strings"
 	"testing"
 
 	"inkan/signer/client"
+	"inkan/simulator"
 )
 
 // TestMetricsOfTwoThrottles: an algorithm without a name and the agent are two
 // things that one window may be for; there are metrics all the same.
 func TestMetricsOfTwoThrottles(t *testing.T) {
 	self, _ := executables(t)
-	l, err := net.Listen("tcp", "127.0.0.1:0")
-	if err != nil {
-		t.Fatal(err)
-	}
-	at := l.Addr().String()
-	if err := l.Close(); err != nil {
-		t.Fatal(err)
-	}
+	at := simulator.FreePortForTest(t)
 	d := start(t, agent("a", self)+"metrics_listen: "+at+"\n")
 	text := strings.Replace(scopeJSON, `"version"`, `"repeat_execution_throttle":[{"count":8,"window":{"rolling_s":60}},{"count":4,"per":"strategy","window":{"rolling_s":60}}],"version"`, 1)
 	if err := d.signer.Agent("a").SetChain(t.Context(), d.ca.AgentWithKey(t, "a", []byte(text), d.agents["a"].Key, nil).Chain); err != nil {

@@ -30,6 +30,7 @@ import (
 	"inkan/internal/problem"
 	"inkan/signer"
 	"inkan/signer/client"
+	"inkan/simulator"
 )
 
 // domain is a SPIFFE trust domain with an X.509 and a JWT authority.
@@ -161,14 +162,7 @@ const (
 func startRemote(t *testing.T, more string) (*desk, *domain) {
 	t.Helper()
 	d := newDomain(t)
-	l, err := net.Listen("tcp", "127.0.0.1:0")
-	if err != nil {
-		t.Fatal(err)
-	}
-	d.address = l.Addr().String()
-	if err := l.Close(); err != nil {
-		t.Fatal(err)
-	}
+	d.address = simulator.FreePortForTest(t)
 	return start(t, fmt.Sprintf(`  - {name: far, callers: [{spiffe_id: %s}]}
   - {name: token, callers: [{spiffe_id: %s, jwt: true, networks: [127.0.0.0/8]}]}
   - {name: elsewhere, callers: [{spiffe_id: %s, networks: [192.0.2.0/24]}]}

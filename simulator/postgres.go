@@ -176,12 +176,14 @@ func (p *PostgreSQL) Listen(certificate, key []byte) (string, error) {
 	if err := os.WriteFile(filepath.Join(p.data(), "pg_hba.conf"), []byte(hba), 0o600); err != nil {
 		return "", err
 	}
-	l, err := net.Listen("tcp", "127.0.0.1:0") // a port that nobody uses just now
+	free, err := FreePorts(1)
 	if err != nil {
 		return "", err
 	}
-	p.port = l.Addr().(*net.TCPAddr).Port
-	if err := errors.Join(l.Close(), p.Close()); err != nil {
+	if p.port, err = portOf(free[0]); err != nil {
+		return "", err
+	}
+	if err := p.Close(); err != nil {
 		return "", err
 	}
 	p.arguments = []string{"-c", "listen_addresses=127.0.0.1", "-c", "port=" + strconv.Itoa(p.port), "-c", "ssl=on",

@@ -46,3 +46,13 @@ func PostgreSQLForTest(tb testing.TB) *PostgreSQL {
 	})
 	return p
 }
+
+// FreePortForTest is one of FreePorts for a test.
+func FreePortForTest(t testing.TB) string {
+	t.Helper()
+	list, err := FreePorts(1)
+	if err != nil {
+		t.Fatal(err)
+	}
+	return list[0]
+}

@@ -7,13 +7,15 @@ import (
 	"path/filepath"
 	"slices"
 	"strings"
+
+	"inkan/simulator"
 )
 
 // startApprover makes an approver and starts it.
 func (w *world) startApprover(ctx context.Context) error {
 	listen := "127.0.0.1:0"
 	if w.reserve != "" { // it comes back at the same address
-		ports, err := freePorts(1)
+		ports, err := simulator.FreePorts(1)
 		if err != nil {
 			return err
 		}

@@ -8,7 +8,6 @@ import (
 	"encoding/json"
 	"fmt"
 	"io"
-	"net"
 	"os"
 	"os/user"
 	"path/filepath"
@@ -109,22 +108,8 @@ func (w *world) startTPM(ctx context.Context) error {
 	return nil
 }
 
-// freePorts finds ports that nobody uses just now.
-func freePorts(n int) ([]string, error) {
-	var out []string
-	for range n {
-		l, err := net.Listen("tcp", "127.0.0.1:0")
-		if err != nil {
-			return nil, err
-		}
-		defer l.Close()
-		out = append(out, l.Addr().String())
-	}
-	return out, nil
-}
-
 func (w *world) startIssuer(ctx context.Context) error {
-	ports, err := freePorts(3)
+	ports, err := simulator.FreePorts(3)
 	if err != nil {
 		return err
 	}

@@ -3,7 +3,6 @@ package main
 import (
 	"encoding/json"
 	"fmt"
-	"net"
 	"os"
 	"path/filepath"
 	"strings"
@@ -33,19 +32,8 @@ func newHost(t *testing.T, scope string) *attestedHost {
 	sim := simulator.TPMForTest(t)
 	h.tpm = sim
 	args := []string{"issuer", "init", "--dir", h.path("issuer"), "--trust-domain", "example.org"}
-	var listeners []net.Listener
 	for _, flag := range []string{"--agent-listen", "--admin-listen", "--public-listen"} {
-		l, err := net.Listen("tcp", "127.0.0.1:0") // a port that nobody uses just now
-		if err != nil {
-			t.Fatal(err)
-		}
-		args = append(args, flag, l.Addr().String())
-		listeners = append(listeners, l)
-	}
-	for _, l := range listeners {
-		if err := l.Close(); err != nil {
-			t.Fatal(err)
-		}
+		args = append(args, flag, simulator.FreePortForTest(t))
 	}
 	h.must(t, args...)
 	startCommand(t, &h.issuer, "issuer", "serve", "--dir", h.path("issuer"))

@@ -6,7 +6,6 @@ import (
 	"crypto/rand"
 	"crypto/x509"
 	"encoding/pem"
-	"net"
 	"os"
 	"os/exec"
 	"path/filepath"
@@ -15,6 +14,7 @@ import (
 	"time"
 
 	"inkan/internal/testca"
+	"inkan/simulator"
 )
 
 // TestAdministrators: who has the issuer's directory and CA key certifies
@@ -32,14 +32,7 @@ func TestAdministrators(t *testing.T) {
 	}
 	args := []string{"issuer", "init", "--dir", dir, "--trust-domain", "example.org"}
 	for _, flag := range []string{"--agent-listen", "--admin-listen", "--public-listen"} {
-		l, err := net.Listen("tcp", "127.0.0.1:0") // a port that nobody uses just now
-		if err != nil {
-			t.Fatal(err)
-		}
-		args = append(args, flag, l.Addr().String())
-		if err := l.Close(); err != nil {
-			t.Fatal(err)
-		}
+		args = append(args, flag, simulator.FreePortForTest(t))
 	}
 	must(args...)
 	var at struct{ Agent, Admin, Public string }

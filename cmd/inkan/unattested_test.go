@@ -3,7 +3,6 @@ package main
 import (
 	"encoding/json"
 	"fmt"
-	"net"
 	"os"
 	"path/filepath"
 	"strings"
@@ -41,14 +40,7 @@ func TestWithoutTPM(t *testing.T) {
 
 	args := []string{"issuer", "init", "--dir", path("issuer"), "--trust-domain", "example.org"}
 	for _, flag := range []string{"--agent-listen", "--admin-listen", "--public-listen"} {
-		l, err := net.Listen("tcp", "127.0.0.1:0") // a port that nobody uses just now
-		if err != nil {
-			t.Fatal(err)
-		}
-		args = append(args, flag, l.Addr().String())
-		if err := l.Close(); err != nil {
-			t.Fatal(err)
-		}
+		args = append(args, flag, simulator.FreePortForTest(t))
 	}
 	must(args...)
 	var at struct{ Agent, Admin, Public string }

@@ -22,6 +22,7 @@ import (
 
 	"inkan/internal/jws"
 	"inkan/scope"
+	"inkan/simulator"
 	"inkan/verify"
 	"inkan/verify/gate"
 )
@@ -290,13 +291,8 @@ func TestBackendSwitchesProtocols(t *testing.T) {
 func TestBackendFails(t *testing.T) {
 	t.Run("is not there", func(t *testing.T) {
 		s := newSite(t)
-		l, err := net.Listen("tcp", "127.0.0.1:0")
-		if err != nil {
-			t.Fatal(err)
-		}
 		u := *s.config.Backend
-		u.Host, s.config.Backend = l.Addr().String(), &u
-		_ = l.Close()
+		u.Host, s.config.Backend = simulator.FreePortForTest(t), &u
 		s.serve(t)
 		status, reason, answer := s.send(t, s.good(t), "POST", "/orders", s.sign(t, s.agent, []byte(goodBody), nil), []byte(goodBody), nil)
 		if status != 502 || reason != "backend" || !strings.Contains(answer, "did not get the action") {
