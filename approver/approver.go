@@ -84,23 +84,37 @@ type Request struct {
 // ParseRequest reads a request, strictly: for an authorization, or one of
 // entries alone.
 func ParseRequest(b []byte, authorize bool) (*Request, error) {
-	var r Request
-	if err := strictjson.Unmarshal(b, MaxRequest, &r); err != nil {
-		return nil, refuse(scope.RuleForm, "%v", err)
+	r, err := readRequest(b)
+	if err != nil {
+		return nil, err
 	}
 	switch {
-	case len(r.Chain) == 0 || len(r.Chain) > 3:
-		return nil, refuse(scope.RuleForm, "chain has %d certificates, 1 to 3 are expected", len(r.Chain))
 	case !authorize && (len(r.Nonce) != 0 || len(r.Statement) != 0 || len(r.Entries) == 0):
 		return nil, refuse(scope.RuleForm, "entries, and neither nonce nor statement, are expected")
 	case authorize && len(r.Nonce) != attest.NonceTPMSize:
-		return nil, refuse(scope.RuleForm, "nonce has %d bytes, %d are expected", len(r.Nonce), attest.NonceTPMSize)
+		return nil, r.badNonce()
 	case authorize && len(r.Statement) == 0:
 		return nil, refuse(scope.RuleForm, "statement is missing")
 	case len(r.Entries) > MaxEntries:
 		return nil, refuse(scope.RuleForm, "%d entries, at most %d are allowed at a time", len(r.Entries), MaxEntries)
 	}
+	return r, nil
+}
+
+// readRequest reads what requests of all kinds have.
+func readRequest(b []byte) (*Request, error) {
+	var r Request
+	if err := strictjson.Unmarshal(b, MaxRequest, &r); err != nil {
+		return nil, refuse(scope.RuleForm, "%v", err)
+	}
+	if len(r.Chain) == 0 || len(r.Chain) > 3 {
+		return nil, refuse(scope.RuleForm, "chain has %d certificates, 1 to 3 are expected", len(r.Chain))
+	}
 	return &r, nil
+}
+
+func (r *Request) badNonce() error {
+	return refuse(scope.RuleForm, "nonce has %d bytes, %d are expected", len(r.Nonce), attest.NonceTPMSize)
 }
 
 func refuse(rule scope.Rule, format string, a ...any) error {

@@ -8,26 +8,23 @@ import (
 
 	"inkan/attest"
 	"inkan/internal/postgres"
-	"inkan/internal/strictjson"
 	"inkan/scope"
 )
 
 // ParseConsentRequest reads a request for a consent, strictly: the chain of the
 // reserve's certificate and a session's nonce alone.
 func ParseConsentRequest(b []byte) (*Request, error) {
-	var r Request
-	if err := strictjson.Unmarshal(b, MaxRequest, &r); err != nil {
-		return nil, refuse(scope.RuleForm, "%v", err)
+	r, err := readRequest(b)
+	if err != nil {
+		return nil, err
 	}
 	switch {
-	case len(r.Chain) == 0 || len(r.Chain) > 3:
-		return nil, refuse(scope.RuleForm, "chain has %d certificates, 1 to 3 are expected", len(r.Chain))
 	case len(r.Nonce) != attest.NonceTPMSize:
-		return nil, refuse(scope.RuleForm, "nonce has %d bytes, %d are expected", len(r.Nonce), attest.NonceTPMSize)
+		return nil, r.badNonce()
 	case len(r.Statement) != 0 || len(r.Entries) != 0:
 		return nil, refuse(scope.RuleForm, "chain and nonce alone are expected")
 	}
-	return &r, nil
+	return r, nil
 }
 
 // Consent consents, for a time, to whatever an agent's key in reserve mode

@@ -193,8 +193,8 @@ func (a *Agent) Act(ctx context.Context, body []byte, run *scope.Run, authorizat
 
 	if c := a.cancel.Load(); c != nil && action.IsCancel() {
 		cred = c // its own key, which no approver stands before
-	} else if c := a.reserve.Load(); c != nil && a.onReserve() {
-		cred = c // no approver answers
+	} else if a.onReserve() {
+		cred = a.reserve.Load() // no approver answers
 	}
 
 	// 3. Check the scope that the certificate has.
@@ -272,7 +272,7 @@ func (a *Agent) sign(ctx context.Context, cred *credential, receipt *audit.Recei
 	if errors.Is(err, client.ErrUnreachable) {
 		a.logger.Error("no approver gave an authorization", "agent", a.name, "counter", receipt.Counter(), "error", err)
 		message := "recorded, but not signed: no approver gave an authorization; the signer's log says why. Send the same action again"
-		if a.reserve.Load() != nil && a.onReserve() {
+		if a.onReserve() {
 			message += ", or with a new id: then the reserve's key signs it, if it is in the reserve's scope"
 		}
 		return "", &scope.Refusal{Rule: RuleNoApprover, Message: message, Cause: err}

@@ -33,7 +33,7 @@ const (
 
 // onReserve says whether actions are signed with the reserve's key now.
 func (a *Agent) onReserve() bool {
-	return a.approvers != nil && a.approvers.Down() && time.Now().Before(a.reserves.Until())
+	return a.reserve.Load() != nil && a.approvers != nil && a.approvers.Down() && time.Now().Before(a.reserves.Until())
 }
 
 // setReserveChain takes the certificate of the reserve's key.

@@ -143,7 +143,7 @@ func (k *Key) signReserved(digest, message []byte) (*tpm2.TPMSSignatureECC, erro
 	if err != nil {
 		d.dropSession() // its policy was begun
 		if ended(err) {
-			k.consent, err = nil, ErrNoConsent
+			k.consent, err = nil, answered{ErrNoConsent}
 		}
 		return nil, answer(err)
 	}

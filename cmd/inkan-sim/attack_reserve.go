@@ -3,7 +3,6 @@ package main
 import (
 	"context"
 	"crypto"
-	"crypto/sha256"
 	"crypto/x509"
 	"encoding/base64"
 	"errors"
@@ -21,7 +20,7 @@ import (
 )
 
 // reserveFor is how long a consent serves.
-const reserveFor = "15s"
+const reserveFor = 15 * time.Second
 
 // reserveYAML has a fifth of the agent's limit for an order. What the agent does
 // otherwise counts too: after one large order, two small ones have room in an hour.
@@ -129,7 +128,7 @@ func (x *reserved) gone(ctx context.Context) error {
 	}); err != nil {
 		return err
 	}
-	time.Sleep(15 * time.Second)
+	time.Sleep(reserveFor) // the TPM's clock says when it ends
 	return w.attack("an order after the last consent ended", "signer", "no_approver", func() (bool, string, error) {
 		return w.signs(ctx, w.inkan, order(client.NewID(), `"400"`, `"1"`))
 	})
@@ -154,14 +153,7 @@ func (x *reserved) back(ctx context.Context) error {
 // as the signer does, and has the reserve's key sign what it likes.
 func (x *reserved) asRoot(ctx context.Context) error {
 	w := x.world
-	r, err := w.newRoot()
-	if err != nil {
-		return err
-	}
-	if err := r.quiet(); err != nil {
-		return err
-	}
-	k, err := r.openReserve()
+	k, err := w.stealReserve()
 	if err != nil {
 		return err
 	}
@@ -198,14 +190,7 @@ func (x *reserved) killed(ctx context.Context) error {
 	if signed, err := w.try(ctx, cancelOrder(), "sign", "--socket", w.socket(), "--action", "-"); err != nil || signed.code != 0 {
 		return errors.Join(err, fmt.Errorf("a cancel: %s", signed.stderr))
 	}
-	r, err := w.newRoot()
-	if err != nil {
-		return err
-	}
-	if err := r.quiet(); err != nil {
-		return err
-	}
-	k, err := r.openReserve()
+	k, err := w.stealReserve()
 	if err != nil {
 		return err
 	}
@@ -225,7 +210,14 @@ type reserveKey struct {
 	ahead uint64 // statements that root made up
 }
 
-func (r *root) openReserve() (*reserveKey, error) {
+func (w *world) stealReserve() (*reserveKey, error) {
+	r, err := w.newRoot()
+	if err != nil {
+		return nil, err
+	}
+	if err := r.quiet(); err != nil {
+		return nil, err
+	}
 	state, err := signer.OpenState(r.w.path("state"), "mm-07")
 	if err != nil {
 		return nil, err
@@ -274,27 +266,9 @@ func (k *reserveKey) sign(ctx context.Context, qty, notional string) (string, er
 	if err != nil {
 		return "", err
 	}
-	header, err := jws.NewHeader("ES256", k.chain, true)
-	if err != nil {
-		return "", err
-	}
-	action, err := certext.ParseAction(k.chain[0])
-	if err != nil {
-		return "", err
-	}
-	statement, err := k.r.forged(ctx, func(st *scope.Statement) {
-		st.Decision.Certificate, st.Decision.Scope = sha256.Sum256(k.chain[0].Raw), sha256.Sum256(action.Scope)
+	return k.r.forges(ctx, k.key, k.chain, func(st *scope.Statement) {
 		k.ahead++
 		st.Counter += scope.Counter(k.ahead)
 		st.Order.OrderQty, st.Decision.Notional, st.Decision.Utilisation = &quantity, &scope.Amount{Amount: amount, Currency: "EUR"}, nil
 	})
-	if err != nil {
-		return "", err
-	}
-	input := header.SigningInput(statement)
-	signature, err := jws.Sign(k.key, input)
-	if err != nil {
-		return "", err
-	}
-	return jws.Compact(input, signature), nil
 }

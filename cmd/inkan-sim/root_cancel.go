@@ -2,7 +2,9 @@ package main
 
 import (
 	"context"
+	"crypto"
 	"crypto/sha256"
+	"crypto/x509"
 	"errors"
 	"fmt"
 
@@ -82,6 +84,20 @@ func (r *root) withCancelKey(ctx context.Context) (string, error) {
 	if err != nil {
 		return "", err
 	}
+	d, err := tpm.Open(r.w.tpm.Address)
+	if err != nil {
+		return "", err
+	}
+	defer d.Close()
+	k, err := d.LoadKey(keys[attest.PurposeCancel], &p)
+	if err != nil {
+		return "", err
+	}
+	return r.forges(ctx, k, chain, func(*scope.Statement) {})
+}
+
+// forges makes up a statement under a certificate and signs it with its key.
+func (r *root) forges(ctx context.Context, k crypto.Signer, chain []*x509.Certificate, change func(*scope.Statement)) (string, error) {
 	header, err := jws.NewHeader("ES256", chain, true)
 	if err != nil {
 		return "", err
@@ -92,16 +108,8 @@ func (r *root) withCancelKey(ctx context.Context) (string, error) {
 	}
 	statement, err := r.forged(ctx, func(st *scope.Statement) {
 		st.Decision.Certificate, st.Decision.Scope = sha256.Sum256(chain[0].Raw), sha256.Sum256(action.Scope)
+		change(st)
 	})
-	if err != nil {
-		return "", err
-	}
-	d, err := tpm.Open(r.w.tpm.Address)
-	if err != nil {
-		return "", err
-	}
-	defer d.Close()
-	k, err := d.LoadKey(keys[attest.PurposeCancel], &p)
 	if err != nil {
 		return "", err
 	}
