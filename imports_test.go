@@ -40,6 +40,7 @@ var allowed = map[string][]string{
 	"internal/sqlite":     {"modernc.org/sqlite"},
 	"internal/strictjson": {"github.com/go-json-experiment/json", "go.yaml.in/yaml/v3"},
 	"internal/testca":     {"internal/certext"},
+	"internal/testlog":    {},
 	"issuer":              {"attest", "journal", "scope", "verify/source", "internal/certext", "internal/durable", "internal/problem", "internal/sqlite", "internal/strictjson", "golang.org/x/crypto", "golang.org/x/time", "github.com/prometheus/client_golang"},
 	"journal":             {"attest", "internal/strictjson", "golang.org/x/sys"},
 	"scope":               {"internal/jws", "internal/strictjson", "github.com/holiman/uint256"},

@@ -1,35 +1,15 @@
 package issuer_test
 
 import (
-	"bytes"
 	"errors"
 	"net/http"
 	"path/filepath"
 	"strings"
-	"sync"
 	"testing"
 
 	"inkan/internal/problem"
 	"inkan/internal/sqlite"
 )
-
-// lines is a log that is read while it is written.
-type lines struct {
-	mu sync.Mutex
-	b  bytes.Buffer
-}
-
-func (l *lines) Write(b []byte) (int, error) {
-	l.mu.Lock()
-	defer l.mu.Unlock()
-	return l.b.Write(b)
-}
-
-func (l *lines) String() string {
-	l.mu.Lock()
-	defer l.mu.Unlock()
-	return l.b.String()
-}
 
 // TestInsideStaysInside: what the inventory's database said is in the log, and not
 // in the answer to a host.

@@ -33,6 +33,7 @@ import (
 	"inkan/internal/forge"
 	"inkan/internal/problem"
 	"inkan/internal/testca"
+	"inkan/internal/testlog"
 	"inkan/issuer"
 	"inkan/scope"
 	"inkan/simulator"
@@ -48,7 +49,7 @@ var selection = []attest.PCRSelection{{Bank: "sha256", Indexes: []int{0, 2, 4, 7
 
 // office is a running issuer with a device and an agent in its inventory.
 type office struct {
-	log       *lines
+	log       *testlog.Lines
 	dir       string
 	issuer    *issuer.Issuer
 	again     func() (*issuer.Issuer, error) // opens it once more
@@ -81,7 +82,7 @@ func newOffice(t testing.TB) *office {
 	if err := os.WriteFile(filepath.Join(o.dir, regionsFile), []byte("192.0.2.0/24,FR,,,\n"), 0o600); err != nil {
 		t.Fatal(err)
 	}
-	o.log = new(lines)
+	o.log = new(testlog.Lines)
 	log := slog.New(slog.NewTextHandler(o.log, nil))
 	if err := issuer.Init(t.Context(), o.dir, []byte(yaml), "Test CA", ca, &o.policy.PublicKey, &admin.PublicKey, log); err != nil {
 		t.Fatal(err)

@@ -35,6 +35,7 @@ import (
 	"inkan/hsm"
 	"inkan/internal/problem"
 	"inkan/internal/testca"
+	"inkan/internal/testlog"
 	"inkan/scope"
 	"inkan/signer"
 	"inkan/signer/client"
@@ -136,7 +137,7 @@ type desk struct {
 	ca     *testca.CA
 	agents map[string]*testca.Agent
 	signer *signer.Signer
-	log    *lines
+	log    *testlog.Lines
 	end    func() // stops it; done anyway when the test ends
 }
 
@@ -208,7 +209,7 @@ func startIn(t testing.TB, agents string, renew signer.Renewer, known map[string
 		}
 		credentials[a.Name] = signer.Credentials{Key: d.agents[a.Name].Key, Chain: d.agents[a.Name].Chain}
 	}
-	d.log = new(lines)
+	d.log = new(testlog.Lines)
 	s, err := signer.Open(t.Context(), config, credentials, renew, slog.New(slog.NewTextHandler(d.log, nil)))
 	if err != nil {
 		t.Fatal(err)

@@ -30,6 +30,7 @@ import (
 	"inkan/internal/jws"
 	"inkan/internal/problem"
 	"inkan/internal/testca"
+	"inkan/internal/testlog"
 	"inkan/scope"
 	"inkan/verify"
 	"inkan/verify/gate"
@@ -55,28 +56,10 @@ type site struct {
 	addr   string
 	got    chan request // what the backend got
 	answer http.HandlerFunc
-	log    *lines
+	log    *testlog.Lines
 
 	mu   sync.Mutex
 	next uint64
-}
-
-// lines is a log that tests read while it is written.
-type lines struct {
-	mu sync.Mutex
-	b  bytes.Buffer
-}
-
-func (l *lines) Write(b []byte) (int, error) {
-	l.mu.Lock()
-	defer l.mu.Unlock()
-	return l.b.Write(b)
-}
-
-func (l *lines) String() string {
-	l.mu.Lock()
-	defer l.mu.Unlock()
-	return l.b.String()
 }
 
 // venueRoutes are those of a small venue: new orders as JSON, cancels by path.
@@ -103,7 +86,7 @@ func venueRoutes() []message.Route {
 // newSite returns a site that is not serving yet; a test changes its config.
 func newSite(t testing.TB) *site {
 	t.Helper()
-	s := &site{ca: testca.New(t), got: make(chan request, 100), log: &lines{}}
+	s := &site{ca: testca.New(t), got: make(chan request, 100), log: new(testlog.Lines)}
 	var err error
 	if s.scope, err = scope.Parse([]byte(scopeJSON)); err != nil {
 		t.Fatal(err)

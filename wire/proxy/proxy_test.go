@@ -36,6 +36,7 @@ import (
 	"inkan/internal/caller"
 	"inkan/internal/problem"
 	"inkan/internal/testca"
+	"inkan/internal/testlog"
 	"inkan/scope"
 	"inkan/simulator"
 	"inkan/wire"
@@ -155,29 +156,11 @@ func (b *bench) serverTLS(t *testing.T) *tls.Config {
 	return &tls.Config{Certificates: []tls.Certificate{{Certificate: [][]byte{leaf.Raw}, PrivateKey: k}}, ClientAuth: tls.RequireAndVerifyClientCert, ClientCAs: b.ca.Roots}
 }
 
-// lines is a log that is read while it is written.
-type lines struct {
-	mu sync.Mutex
-	b  bytes.Buffer
-}
-
-func (l *lines) Write(b []byte) (int, error) {
-	l.mu.Lock()
-	defer l.mu.Unlock()
-	return l.b.Write(b)
-}
-
-func (l *lines) String() string {
-	l.mu.Lock()
-	defer l.mu.Unlock()
-	return l.b.String()
-}
-
 // running is a proxy that serves.
 type running struct {
 	at       string // host:port, or a path
 	identity *wire.Identity
-	log      *lines
+	log      *testlog.Lines
 	metrics  *proxy.Metrics
 	stop     func() error
 }
@@ -203,7 +186,7 @@ func (b *bench) start(t *testing.T, listener string) *running {
 		t.Fatal(err)
 	}
 	m := proxy.NewMetrics(map[string]*wire.Identity{"a": i})
-	said := new(lines)
+	said := new(testlog.Lines)
 	p := proxy.New(config, "a", i.Dialer(b.ca.Roots), owners, m, slog.New(slog.NewTextHandler(said, nil)))
 	ctx, cancel := context.WithCancel(context.Background())
 	ended := make(chan error, 1)
