@@ -185,11 +185,8 @@ func (a *Approver) Decide(ctx context.Context, client *x509.Certificate, r *Requ
 	now := a.now()
 
 	// 1. The certificates: of the CA, in force, of one agent, of a key that needs this approver.
-	cred, err := a.credential(r.Chain, now)
+	cred, err := a.certified(ctx, client, r, attest.ModeApprover, now)
 	if err != nil {
-		return nil, err
-	}
-	if err := a.current(ctx, client, cred, attest.ModeApprover, r.From, now); err != nil {
 		return nil, err
 	}
 
@@ -249,7 +246,7 @@ func (a *Approver) authorization(cred *credential, r *Request) pending {
 		digest := sha256.Sum256(cred.header.SigningInput(r.Statement))
 		return a.signing.Authorize(r.Nonce, attest.SignCommandHash(cred.name, digest), a.ref)
 	})
-	return pending{func() { go func() { _, _ = sign() }() }, sign}
+	return pending{func() { go func() { _, _ = sign() }() }, sign} // what came of it, result says
 }
 
 // killed asks the issuer's list, where it is configured. Cancels pass.
@@ -286,11 +283,8 @@ func (a *Approver) env(st *scope.Statement, cred *credential) scope.Env {
 // authorizes nothing.
 func (a *Approver) Append(ctx context.Context, client *x509.Certificate, r *Request) error {
 	now := a.now()
-	cred, err := a.credential(r.Chain, now)
+	cred, err := a.certified(ctx, client, r, attest.ModeApprover, now)
 	if err != nil {
-		return err
-	}
-	if err := a.current(ctx, client, cred, attest.ModeApprover, r.From, now); err != nil {
 		return err
 	}
 	entries, err := a.entries(ctx, r.Entries, client, cred, r.From, now)
@@ -308,6 +302,15 @@ func (a *Approver) recorded(ctx context.Context, err error) error {
 	a.metrics.recordErrors.Inc()
 	a.log.ErrorContext(ctx, "the approver's record does not work", "error", err)
 	return refuse(RuleRecord, "the approver's record does not work; its log says why")
+}
+
+// certified is the certificate that a request is under, of a key of a mode, in force now.
+func (a *Approver) certified(ctx context.Context, client *x509.Certificate, r *Request, mode string, now time.Time) (*credential, error) {
+	cred, err := a.credential(r.Chain, now)
+	if err != nil {
+		return nil, err
+	}
+	return cred, a.current(ctx, client, cred, mode, r.From, now)
 }
 
 // credential verifies a chain, or finds it verified.

@@ -35,11 +35,8 @@ func (a *Approver) Consent(ctx context.Context, client *x509.Certificate, r *Req
 	now := a.now()
 
 	// 1. The certificate: of the CA, in force, of one agent, of a key in reserve mode.
-	cred, err := a.credential(r.Chain, now)
+	cred, err := a.certified(ctx, client, r, attest.ModeReserve, now)
 	if err != nil {
-		return nil, err
-	}
-	if err := a.current(ctx, client, cred, attest.ModeReserve, r.From, now); err != nil {
 		return nil, err
 	}
 
